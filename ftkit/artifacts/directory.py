@@ -1,0 +1,175 @@
+"""Writing a model directory: staged beside its place and renamed, with tokenizer, template and generation config."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from ftkit.data.chat import ChatTemplate
+from ftkit.errors import CheckFailedError, StorageError, UserError
+from ftkit.models.files import CONFIG_NAME, read_json
+from ftkit.models.load import TOKENIZER_FILES, BaseModel, load_tokenizer, local_directory
+from ftkit.runs import move_aside
+
+GENERATION_CONFIG_NAME = "generation_config.json"
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates",
+)
+"""Everything that makes a tokenizer and its chat templates."""
+LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+@contextmanager
+def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A directory to write into, which becomes `output` at the end, whole or not at all.
+
+    An `output` that exists is moved to `NAME.old-1` where `overwrite` says so. Where a check fails (`CheckFailedError`),
+    what was written is kept as `NAME.rejected`; after any other error nothing is left.
+
+    Raises:
+        UserError: `output` exists and is not empty.
+        StorageError: disk full, permission denied.
+    """
+    output = output.absolute()
+    check_free(output, overwrite=overwrite)
+    staging: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # mkdtemp keeps its directory to its owner; the one inside gets the user's usual permissions.
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        content = staging / output.name
+        content.mkdir()
+        try:
+            yield content
+        except CheckFailedError as error:
+            rejected = output.with_name(f"{output.name}.rejected")
+            _make_way(rejected)
+            content.rename(rejected)
+            kept = [replace(problem, what=f"{problem.what} (kept as {rejected})") for problem in error.problems]
+            raise CheckFailedError.of(kept) from None
+        _make_way(output)
+        content.rename(output)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        raise StorageError(f"cannot write {output}: {reason}", how="free space, or choose another --output") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_free(output: Path, *, overwrite: bool) -> None:
+    """Check that `output` does not exist, is empty, or may be moved aside: before hours of work, not after.
+
+    Raises:
+        UserError: it is taken.
+    """
+    if not overwrite and _is_taken(output):
+        raise UserError(f"{output} exists already", how="choose another --output, or --overwrite moves it aside")
+
+
+def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copy files and folders of `source` whose names match one of `patterns`, links as what they point at."""
+    for path in {path for pattern in patterns for path in source.glob(pattern)}:
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def copy_companions(
+    base: BaseModel, tuned: Path | None, target: Path, *, chat_template_kwargs: Mapping[str, Any]
+) -> None:
+    """Write what belongs to the weights: tokenizer, chat template, generation config, licence, the model's own code.
+
+    Args:
+        tuned: directory of the tuned weights, whose tokenizer and generation config go before the base's; None: the
+            base's own.
+    """
+    source = local_directory(base, weights=False)
+    copy_matching(source, target, LICENCE_PATTERNS)
+    if base.trust_remote_code:
+        copy_matching(source, target, ("*.py",))
+    with_tokenizer = next((d for d in (tuned, source) if d is not None and has_tokenizer(d)), None)
+    if with_tokenizer is not None:
+        copy_matching(with_tokenizer, target, TOKENIZER_PATTERNS)
+    with_generation = next(
+        (d for d in (tuned, source) if d is not None and (d / GENERATION_CONFIG_NAME).is_file()), None
+    )
+    tokenizer = load_tokenizer(BaseModel(str(target), path=target)) if with_tokenizer is not None else None
+    write_generation_config(target, with_generation, tokenizer, chat_template_kwargs=chat_template_kwargs)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `directory` holds a tokenizer."""
+    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def write_generation_config(
+    target: Path,
+    source: Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    chat_template_kwargs: Mapping[str, Any],
+) -> None:
+    """Write generation_config.json with every token that ends a turn of the chat template, so that generation stops.
+
+    Args:
+        target: a directory that holds config.json.
+        source: directory whose generation config is taken over; None: derived from config.json.
+        tokenizer: with the chat template; None, or one without a template, adds no token.
+    """
+    if source is not None:
+        values = read_json(source / GENERATION_CONFIG_NAME)
+    else:
+        config = read_json(target / CONFIG_NAME)
+        values = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    ends: list[int] = []
+    if tokenizer is not None and tokenizer.chat_template:
+        ends = list(ChatTemplate(tokenizer, tokenizer.chat_template, chat_template_kwargs).end_of_turn_ids)
+    known = values.get("eos_token_id")
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    ends = list(dict.fromkeys([*ends, *known]))
+    if ends:
+        values["eos_token_id"] = ends
+    # As JSON: transformers refuses to save some configurations that models in the field come with.
+    _write_json(target / GENERATION_CONFIG_NAME, values)
+
+
+def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy config.json, saying `dtype` under the key that the file uses for it."""
+    config = read_json(source / CONFIG_NAME)
+    # transformers before 5 writes and reads torch_dtype.
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    _write_json(target / CONFIG_NAME, config)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_taken(output: Path) -> bool:
+    return output.is_file() or (output.is_dir() and any(output.iterdir()))
+
+
+def _make_way(output: Path) -> None:
+    if _is_taken(output):
+        move_aside(output)
+    elif output.is_dir():
+        output.rmdir()

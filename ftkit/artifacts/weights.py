@@ -1,0 +1,132 @@
+"""Rewriting the safetensors files of a model, one file in memory at a time: weights changed by name, others copied."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ftkit.errors import CheckFailedError
+from ftkit.models.files import INDEX_NAME, read_json, weight_files
+
+ComputeDelta = Callable[[], Tensor]
+"""Computes what is added to a weight (float32, in the weight's own layout)."""
+
+
+def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: str) -> dict[str, ComputeDelta]:
+    """The deltas under the names that their weights have in the files of `source`.
+
+    Args:
+        names: name in the running model -> delta.
+        prefix: the model's `base_model_prefix`, which some files leave out (GPT-2: `h.0...` for `transformer.h.0...`).
+
+    Raises:
+        CheckFailedError: a weight is in no file; it would stay unmerged in silence.
+    """
+    stored = {name for path in weight_files(source) for name in _names(path)}
+    found = {}
+    for name, delta in names.items():
+        candidates = (name, name.removeprefix(f"{prefix}."))
+        in_file = next((candidate for candidate in candidates if candidate in stored), None)
+        if in_file is None:
+            raise CheckFailedError(
+                f"{name} is adapted, but no weight file of {source} holds it under this name",
+                how="save the base anew with transformers' save_pretrained, or use the adapter without merging",
+            )
+        found[in_file] = delta
+    return found
+
+
+def rewrite(
+    source: Path, target: Path, deltas: Mapping[str, ComputeDelta], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write the weight files of `source` to `target`, adding `deltas`, under the same file names.
+
+    A changed weight is cast(float32(W) + delta), rounded once, to the precision it is stored in.
+
+    Args:
+        dtype: precision of every floating-point weight in `target`; None keeps each one's own.
+    """
+    total_size = 0
+    for path in weight_files(source):
+        tensors = {name: rewritten(tensor, deltas.get(name), dtype) for name, tensor in _tensors(path)}
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, target / path.name, metadata={"format": "pt"})
+    if len(weight_files(source)) > 1:
+        index = read_json(source / INDEX_NAME)
+        index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
+        (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Copy the weight files of `source` and their index byte for byte."""
+    files = weight_files(source)
+    for path in [*files, source / INDEX_NAME] if len(files) > 1 else files:
+        shutil.copyfile(path, target / path.name)
+
+
+def rewritten(weight: Tensor, delta: ComputeDelta | None, dtype: torch.dtype | None) -> Tensor:
+    """What a stored weight becomes."""
+    dtype = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
+    if delta is None:
+        return weight.to(dtype)
+    return (weight.float() + delta()).to(dtype).contiguous()
+
+
+def check_tensors(
+    source: Path, target: Path, deltas: Mapping[str, ComputeDelta], *, dtype: torch.dtype | None = None
+) -> None:
+    """Read both directories from disk and compare them bit for bit with what `rewrite` promises.
+
+    Raises:
+        CheckFailedError: a tensor is missing, added, different or not finite; the first few are named.
+    """
+    wrong: list[str] = []
+    for before, after in zip(weight_files(source), weight_files(target), strict=True):
+        if set(_names(before)) != set(_names(after)):
+            wrong.append(f"the tensors of {after.name} are not those of the base")
+            continue
+        with safe_open(after, framework="pt") as written:
+            for name, tensor in _tensors(before):
+                merged = written.get_tensor(name)
+                if not same_bits(merged, rewritten(tensor, deltas.get(name), dtype)):
+                    wrong.append(f"{name} is not cast(W + s BA)" if name in deltas else f"{name} was altered")
+                elif name in deltas and not merged.isfinite().all():
+                    wrong.append(f"{name} is not finite in {merged.dtype}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckFailedError(f"the merged files are wrong: {', '.join(wrong[:3])}{more}", how="merge again")
+
+
+def stored_dtype(source: Path) -> torch.dtype:
+    """The precision that most floating-point values of a model's files have."""
+    values: Counter[torch.dtype] = Counter()
+    for path in weight_files(source):
+        for _, tensor in _tensors(path):
+            if tensor.is_floating_point():
+                values[tensor.dtype] += tensor.numel()
+    return values.most_common(1)[0][0]
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; unlike `torch.equal`, NaN and -0 included."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, one in memory at a time (mapped, not read, until it is used)."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)

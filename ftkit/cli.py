@@ -1,0 +1,355 @@
+"""The `ftkit` command: arguments, help, and what every failure looks like.
+
+Each verb calls one function of `ftkit/commands/`, imported when it runs, so that `--help` answers at once. Whatever a
+user can cause ends as `ftkit: error: [WHERE: ]WHAT; HOW TO MEND IT` on standard error and the exit code of its kind; a
+traceback means a bug.
+"""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ftkit.errors import FtkitError, OutOfMemoryError, StorageError, UserError
+
+LATER_VERBS = {
+    "chat": "export the model with `ftkit export` and serve it with any tool",
+    "diff": "compare the runs' recipe.yaml files",
+    "doctor": "see environment.json in a run's directory",
+    "init": "start from one of the files in recipes/",
+    "inspect": "see adapter_config.json in the adapter's directory",
+    "preview": "use `ftkit plan RECIPE`, which counts rows, examples and tokens",
+    "verify": "resume with `ftkit train RECIPE --resume`, which takes verified checkpoints only",
+}
+"""Verbs of later versions -> what to do until then."""
+
+LATER_OPTIONS = {
+    "--proof": "leave it out; every merge is proven",
+    "--quantization": "leave it out",
+    "--smoke": "use --dry-run, or training.max_steps=2",
+}
+"""Options of later versions -> what to do until then."""
+
+LATER_FORMATS = {"gguf": "export hf and convert it with llama.cpp", "onnx": "export hf and convert it with optimum"}
+TYPER_WORDS = {
+    "Input should be a valid integer, unable to parse string as an integer": "expected a whole number",
+    "Input should be greater than or equal to": "expected a number of at least",
+    "Got unexpected extra argument(s)": "Too many arguments:",
+}
+FORMATS = ("hf", "adapter")
+DTYPES = ("float32", "bfloat16", "float16")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+
+
+class Verbs(TyperGroup):
+    """The group of verbs; knows those of later versions and suggests for misspelt ones."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that `args` starts with.
+
+        Raises:
+            UserError: there is no such verb.
+        """
+        name = args[0]
+        if name in LATER_VERBS:
+            raise UserError(f"the verb {name} is not in this version", how=LATER_VERBS[name])
+        if name not in self.commands and not name.startswith("-"):
+            close = get_close_matches(name, self.commands, n=1)
+            how = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(self.commands)}"
+            raise UserError(f"there is no verb {name}", how=how)
+        return super().resolve_command(ctx, args)
+
+
+def _one_of(option: str, known: Sequence[str], later: dict[str, str]) -> Callable[[str | None], str | None]:
+    def check(value: str | None) -> str | None:
+        if value in later:
+            raise UserError(f"{option} {value} is not in this version", how=later[value])
+        if value is not None and value not in known:
+            raise UserError(f"{option} {value} is unknown", how=f"choose one of {', '.join(known)}")
+        return value
+
+    return check
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ftkit {metadata.version('ftkit')}")
+        raise typer.Exit
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set instead, e.g. training.learning_rate=1e-4."),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Use cached files only, no network.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's repository.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(DTYPES),
+        help="Precision of the written weights; default as the base stores them.",
+        callback=_one_of("--dtype", DTYPES, {}),
+    ),
+]
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Fine-tune language models from one YAML recipe.",
+    epilog="Start with `ftkit train RECIPE --dry-run`; `ftkit VERB --help` describes a verb.",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
+
+
+@app.callback()
+def _top(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run of this recipe.")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on from this checkpoint.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move a run that is in the way to NAME.old-1.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan the run, like `ftkit plan`.")] = False,
+    offline: Offline = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes on this machine; default one for each visible GPU."),
+    ] = None,
+    launch_config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Accelerate's file that says where to run: machines, processes, addresses."),
+    ] = None,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Fine-tune a model as RECIPE says, into a new run directory."""
+    from ftkit.commands.train import train as command
+
+    command(
+        recipe,
+        overrides or [],
+        resume=resume,
+        checkpoint=checkpoint,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        offline=offline,
+        num_processes=num_processes,
+        launch_config=launch_config,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: Offline = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show what RECIPE will do and need, without loading weights."""
+    from ftkit.commands.plan import plan as command
+
+    command(recipe, overrides or [], json=json, offline=offline, trust_remote_code=trust_remote_code)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; a weight of -1 subtracts, default 1."),
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Base model; default the one that the adapter names.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Default RUN/merged.")] = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move a directory that is in the way to NAME.old-1.")
+    ] = False,
+    offline: Offline = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Fold LoRA into the base model's weights, and prove the result."""
+    from ftkit.commands.merge import merge as command
+
+    command(
+        adapters,
+        base=base,
+        output=output,
+        dtype=dtype,
+        overwrite=overwrite,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
+    ],
+    suite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Tasks to measure; default the run's validation rows.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(metavar="TARGET", help="Compare with this too; may be repeated.")
+    ] = None,
+    no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not compare a run with its base.")] = False,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many rows a task.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the results as JSON.")] = None,
+    offline: Offline = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure a model, side by side with what it was tuned from."""
+    from ftkit.commands.eval import evaluate as command
+
+    command(
+        target,
+        suite=suite,
+        compare=compare or [],
+        no_compare=no_compare,
+        limit=limit,
+        output=output,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def export(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
+    ],
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(FORMATS),
+            help="hf: a directory for transformers and servers. adapter: peft's files.",
+            callback=_one_of("--format", FORMATS, LATER_FORMATS),
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Default RUN/export.")] = None,
+    dtype: Dtype = None,
+    offline: Offline = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Write a model in the form that other tools read."""
+    from ftkit.commands.export import export as command
+
+    command(target, format=format, output=output, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from ftkit.commands.schema import schema as command
+
+    command()
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; returns the exit code. Only bugs raise."""
+    try:
+        code = typer.main.get_command(app).main(args=list(arguments), prog_name="ftkit", standalone_mode=False)
+        sys.stdout.flush()
+    except FtkitError as error:
+        return _fail(error)
+    except typer.TyperException as error:
+        return _fail(_usage_error(error, arguments))
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has gone; a second attempt to flush at exit would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, MemoryError, RuntimeError) as error:
+        known = _known_failure(error)
+        if known is None:
+            raise
+        return _fail(known)
+    if code == 130:
+        return _fail(_interrupted())
+    return int(code or 0)
+
+
+def _fail(error: FtkitError) -> int:
+    for problem in error.problems:
+        print(f"ftkit: error: {problem}", file=sys.stderr)
+    return error.exit_code
+
+
+def _interrupted() -> FtkitError:
+    error = FtkitError("interrupted")
+    error.exit_code = 130
+    return error
+
+
+def _usage_error(error: typer.TyperException, arguments: Sequence[str]) -> UserError:
+    """Typer's own complaint about arguments, in our form."""
+    message = error.format_message()
+    verb = [argument for argument in arguments[:1] if not argument.startswith("-")]
+    help_command = f"see {' '.join(['ftkit', *verb, '--help'])}"
+    if unknown := re.match(r"No such option:? '?(--?[\w-]+)", message):
+        option = unknown[1]
+        if option in LATER_OPTIONS:
+            return UserError(f"the option {option} is not in this version", how=LATER_OPTIONS[option])
+        close = get_close_matches(option, re.findall(r"--[\w-]+", message[unknown.end() :]), n=1)
+        return UserError(f"there is no option {option}", how=f"did you mean {close[0]}?" if close else help_command)
+    for theirs, ours in TYPER_WORDS.items():
+        message = message.replace(theirs, ours)
+    message = message.rstrip(".").replace("'", "")
+    return UserError(message[:1].lower() + message[1:], how=help_command)
+
+
+def _known_failure(error: OSError | MemoryError | RuntimeError) -> FtkitError | None:
+    """What a full disk, a missing permission or too little memory means to a user; None for a bug."""
+    if isinstance(error, OSError):
+        if error.errno not in FULL | DENIED:
+            return None
+        where = str(error.filename) if error.filename is not None else None
+        how = "free some space" if error.errno in FULL else "check the permissions"
+        return StorageError((error.strerror or "cannot be written").lower(), how=how, where=where)
+    # torch raises its own class on a GPU and a RuntimeError on the CPU; importing it to ask would take seconds.
+    if isinstance(error, RuntimeError):
+        on_gpu, on_cpu = type(error).__name__ == "OutOfMemoryError", "can't allocate memory" in str(error)
+        if not on_gpu and not on_cpu:
+            return None
+    how = "lower training.max_tokens_per_device, or set training.gradient_checkpointing=true"
+    return OutOfMemoryError("out of memory", how=how)
+
+
+if __name__ == "__main__":
+    main()

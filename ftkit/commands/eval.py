@@ -1,0 +1,129 @@
+"""`ftkit eval`: what a model can do, beside what its base can do."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftkit.console import Console, human_count
+from ftkit.errors import UserError
+
+if TYPE_CHECKING:
+    from ftkit.evaluation.items import Task
+    from ftkit.evaluation.report import Report
+    from ftkit.evaluation.schema import PromptMode
+    from ftkit.runs import Target
+
+EXAMPLES_SHOWN = 3
+"""Answers that are printed below the table, side by side."""
+
+
+def evaluate(
+    target: str,
+    *,
+    suite: Path | None = None,
+    compare: Sequence[str] = (),
+    no_compare: bool = False,
+    limit: int | None = None,
+    output: Path | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Score TARGET, and beside it its base and whatever it is compared with, on a suite or on its validation rows."""
+    import torch
+
+    from ftkit.evaluation.compare import evaluate_models
+    from ftkit.evaluation.contestants import check_labels, load_contestants
+    from ftkit.models.load import choose_compute_dtype
+    from ftkit.runs import find_target, write_json
+
+    console = Console()
+
+    # 1. Who takes part: the target, its base, what else was named.
+    found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
+    targets = [found]
+    if found.base is not None and not no_compare:
+        base = replace(
+            found, label=found.base.name, model=found.base, adapter=None, tokenizer=None, run=None, base=None
+        )
+        targets.append(base)
+    others = [find_target(name, offline=offline, trust_remote_code=trust_remote_code) for name in compare]
+    targets += [other for other in others if not any(_same(other, known) for known in targets[1:])]
+    check_labels(targets)
+
+    # 2. What they are asked.
+    mode, tasks = _tasks(found, suite, limit, offline=offline, trust_remote_code=trust_remote_code)
+
+    # 3. The answers.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = found.recipe
+    dtype, reason = choose_compute_dtype(recipe.model.dtype if recipe is not None else "auto", device)
+    contestants = load_contestants(targets, mode=mode, dtype=dtype, device=device)
+    report = evaluate_models(contestants, tasks, console=console)
+
+    # 4. What they come to.
+    console.table(report.to_table())
+    _print_examples(report, tasks, [contestant.label for contestant in contestants], console)
+    for note in report.notes:
+        console.line(f"note: {note}")
+    console.line(
+        f"computed in {str(dtype).removeprefix('torch.')} ({reason}); {human_count(report.usage.tokens_run)} tokens read, "
+        f"{human_count(report.usage.tokens_generated)} generated"
+    )
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, report.to_json())
+        console.line(f"written to {output}")
+    if found.adapter is not None:
+        console.line("next:")
+        console.line(f"  ftkit merge {target}")
+
+
+def _tasks(
+    target: "Target", suite: Path | None, limit: int | None, *, offline: bool, trust_remote_code: bool
+) -> tuple["PromptMode", Sequence["Task"]]:
+    """The tasks of a suite, or the validation rows that the run held back."""
+    from ftkit.evaluation.items import validation_tasks
+    from ftkit.evaluation.suite import read_suite
+    from ftkit.recipe.load import load_recipe
+    from ftkit.runs import RECIPE
+    from ftkit.training.prepare import prepare
+
+    if suite is not None:
+        read = read_suite(suite, limit=limit)
+        return read.prompt, read.tasks
+    if target.run is None:
+        raise UserError(f"{target.label} belongs to no run, so there are no validation rows", how="name a --suite FILE")
+    loaded = load_recipe(target.run / RECIPE)
+    plan = prepare(loaded, Console(quiet=True), offline=offline, trust_remote_code=trust_remote_code).plan
+    documents = {name: [document for _, document in rows] for name, rows in plan.validation_documents.items()}
+    if not documents:
+        raise UserError(f"{target.run} held no rows back for validation", how="name a --suite FILE")
+    return "auto", validation_tasks(documents, limit=limit)
+
+
+def _same(one: "Target", other: "Target") -> bool:
+    return one.adapter == other.adapter and replace(one.model, name="") == replace(other.model, name="")
+
+
+def _print_examples(report: "Report", tasks: Sequence["Task"], labels: Sequence[str], console: Console) -> None:
+    """A few answers in full: figures alone do not tell what a model has become."""
+    for task in tasks:
+        written = [
+            index for index in range(len(task.items)) if report.answers[labels[0]][task.name][index].text is not None
+        ]
+        for index in written[:EXAMPLES_SHOWN]:
+            console.line()
+            question = task.items[index].question.messages[-1].content
+            console.line(f"{task.name}, {task.items[index].where}: {_short(question)}", style="bold")
+            width = max(map(len, labels))
+            for label in (*labels[1:], labels[0]):
+                text = report.answers[label][task.name][index].text or ""
+                console.line(f"  {label:{width}}  {_short(text)}")
+    console.line()
+
+
+def _short(text: str, limit: int = 200) -> str:
+    """One line of text."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."

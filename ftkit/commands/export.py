@@ -1,0 +1,55 @@
+"""`ftkit export`: hand the result to the tools that people serve and share models with."""
+
+from pathlib import Path
+
+from ftkit.commands.merge import as_dtype
+from ftkit.console import Console
+from ftkit.errors import UserError
+
+EXPORTED = "export"
+"""Name of the result in the run's directory, where --output names no other."""
+
+
+def export(
+    target: str,
+    *,
+    format: str,
+    output: Path | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write TARGET in `format`: a model directory, or peft's adapter files."""
+    from ftkit.artifacts.export import find_exporter
+    from ftkit.runs import find_target
+
+    console = Console()
+    write = find_exporter(format)
+    found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
+    if output is None and found.run is None:
+        raise UserError(f"{target} belongs to no run", how="say where to write with --output DIR")
+    output = output or Path(found.run or "") / EXPORTED
+    recipe = found.recipe
+    write(
+        found.model,
+        found.adapter,
+        output,
+        tokenizer=found.tokenizer,
+        chat_template_kwargs=recipe.data.chat_template_kwargs if recipe is not None else None,
+        dtype=as_dtype(dtype),
+        overwrite=overwrite,
+    )
+    console.line(f"written to {output}", style="bold")
+    for command in NEXT[format]:
+        console.line("  " + command.format(output=output, base=found.model.name))
+
+
+NEXT: dict[str, tuple[str, ...]] = {
+    "hf": (
+        "vllm serve {output}",
+        "python -c \"from transformers import pipeline; print(pipeline('text-generation', '{output}'))\"",
+    ),
+    "adapter": ("vllm serve {base} --enable-lora --lora-modules tuned={output}",),
+}
+"""Format -> commands to paste next."""

@@ -1,0 +1,196 @@
+"""`ftkit train`: numbered steps from the recipe to the run's result."""
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ftkit.console import Console, human_seconds
+from ftkit.errors import FtkitError, UserError
+from ftkit.launch import LaunchPlan, launched_by_another, read_launch_config, run_processes, visible_gpus
+from ftkit.recipe.load import LoadedRecipe, dump_recipe, load_recipe, resolve
+
+if TYPE_CHECKING:
+    from ftkit.runs import MetricsFile
+    from ftkit.training.build import Built
+    from ftkit.training.checkpoint import Checkpoint
+    from ftkit.training.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to the recipe."""
+
+    resume: bool = False
+    checkpoint: Path | None = None
+    overwrite: bool = False
+    offline: bool = False
+    trust_remote_code: bool = False
+
+
+def train(
+    recipe: Path,
+    overrides: list[str],
+    *,
+    resume: bool = False,
+    checkpoint: Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    offline: bool = False,
+    num_processes: int | None = None,
+    launch_config: Path | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Train RECIPE, or only plan it (`dry_run`)."""
+    if dry_run:
+        from ftkit.commands.plan import plan
+
+        plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
+        return
+    options = Options(resume, checkpoint, overwrite, offline, trust_remote_code)
+    if options.overwrite and (options.resume or options.checkpoint):
+        raise UserError("--overwrite starts anew and --resume goes on", how="choose one of them")
+    loaded = load_recipe(recipe, overrides)
+    launch = _processes(num_processes, launch_config)
+    if launch is not None:
+        run_processes(_arguments(recipe, overrides, options), launch)
+        return
+    try:
+        _train_here(loaded, options)
+    except FtkitError as error:
+        raise error.located(loaded.marks) from error
+
+
+def _processes(num_processes: int | None, launch_config: Path | None) -> LaunchPlan | None:
+    """Which processes to start; None where this one trains by itself."""
+    if launched_by_another():
+        return None
+    if launch_config is not None:
+        if num_processes is not None:
+            raise UserError("--num-processes and --launch-config both say how many", how="leave one out")
+        return read_launch_config(launch_config)
+    count = num_processes if num_processes is not None else max(1, visible_gpus())
+    return LaunchPlan(processes=count) if count > 1 else None
+
+
+def _arguments(recipe: Path, overrides: list[str], options: Options) -> list[str]:
+    """The command line of each process."""
+    arguments = ["train", str(recipe), *overrides]
+    arguments += ["--resume"] if options.resume else []
+    arguments += ["--from", str(options.checkpoint)] if options.checkpoint else []
+    arguments += ["--overwrite"] if options.overwrite else []
+    arguments += ["--offline"] if options.offline else []
+    arguments += ["--trust-remote-code"] if options.trust_remote_code else []
+    return arguments
+
+
+def _train_here(loaded: LoadedRecipe, options: Options) -> None:
+    """Train in this process, one of `World.size`."""
+    from ftkit.distributed import World
+    from ftkit.runs import LOG, METRICS, MetricsFile
+    from ftkit.training.build import build
+    from ftkit.training.prepare import prepare
+    from ftkit.training.result import publish_result
+
+    started = time.perf_counter()
+    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
+
+    # 1. Everything that needs no weights, before any process group exists: it would time out meanwhile.
+    prepared = prepare(loaded, console, offline=options.offline, trust_remote_code=options.trust_remote_code)
+    prepared.print(console)
+
+    # 2. The run's directory, and the checkpoint to go on from.
+    world = World()
+    try:
+        start: Start = world.on_main(lambda: _find_start(loaded, prepared, options, console))
+        if start.finished:
+            console.line(f"{start.run} is finished already: nothing to do")
+            return
+        console.open_log(start.run / LOG, rank=world.rank)
+
+        # 3. Weights, method, proof of isolation, optimizer.
+        metrics = MetricsFile(start.run / METRICS)
+        built = build(prepared, world, console, metrics=metrics, run=start.run, checkpoint=start.checkpoint)
+        built.print(console)
+        world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
+
+        # 4. The loop.
+        built.loop.run(built.state)
+
+        # 5. The result: the weights of the best or the last checkpoint.
+        def publish() -> None:
+            result = publish_result(start.run, built.state, prepared=prepared, method=built.method)
+            console.line()
+            console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
+            for command in result.next_commands:
+                console.line(f"  {command}")
+
+        world.on_main(publish)
+    finally:
+        console.close_log()
+        world.close()
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    run: Path
+    checkpoint: "Checkpoint | None" = None
+    finished: bool = False
+
+
+def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, console: Console) -> Start:
+    """A new directory, or the one to go on in."""
+    from ftkit.runs import CHECKPOINTS, new_run_directory, newest_run_of
+    from ftkit.training.checkpoint import newest_verified, read_checkpoint, set_aside_later
+
+    recipe, name = prepared.recipe, loaded.path.stem
+    checkpoint = None
+    if options.checkpoint is not None:
+        checkpoint = read_checkpoint(options.checkpoint)
+        run = checkpoint.path.resolve().parent.parent
+        set_aside_later(checkpoint)
+    elif options.resume and (run := newest_run_of(resolve(loaded), recipe.output_dir, name=name)) is not None:
+        if _finished(run):
+            return Start(run, finished=True)
+        checkpoint = newest_verified(run / CHECKPOINTS, console.warning)
+    else:
+        run = new_run_directory(recipe.output_dir, name=name, method=recipe.method.type, overwrite=options.overwrite)
+        if options.resume:
+            console.line("no run of this recipe to go on with: starting at step 0")
+        return Start(run)
+    if checkpoint is None:
+        console.line(f"{run} holds no whole checkpoint: starting at step 0")
+        return Start(run)
+    if checkpoint.state["plan"] != prepared.plan.fingerprint:
+        raise UserError(
+            f"the recipe or its data is not the one that {checkpoint.path} was written with",
+            how="train anew, without --resume and --from",
+        )
+    console.line(f"going on with {run} after step {checkpoint.step}")
+    return Start(run, checkpoint)
+
+
+def _finished(run: Path) -> bool:
+    from ftkit.runs import ADAPTER, MODEL
+
+    return any((run / name).is_dir() for name in (ADAPTER, MODEL))
+
+
+def _write_records(
+    loaded: LoadedRecipe, prepared: "Prepared", built: "Built", run: Path, metrics: "MetricsFile"
+) -> None:
+    """recipe.yaml, environment.json and validation.json; metrics.jsonl cut back to what the checkpoint had seen."""
+    from ftkit.runs import ENVIRONMENT, RECIPE, VALIDATION, describe_environment, write_json
+
+    metrics.truncate(built.state.metrics_lines)
+    (run / RECIPE).write_text(dump_recipe(resolve(loaded)), encoding="utf-8")
+    write_json(run / VALIDATION, prepared.plan.validation_rows)
+    write_json(
+        run / ENVIRONMENT,
+        describe_environment(built.loop.world.device, built.loop.world.size)
+        | {"seed": prepared.recipe.seed, "data_fingerprint": prepared.plan.fingerprint}
+        | {"base_model": asdict(built.identity), "precision": built.precision, "packing": built.isolation.reason},
+    )

@@ -1,0 +1,166 @@
+"""What the terminal and train.log show: lines, tables, progress.
+
+Everything a verb says goes to standard output through one `Console`; errors are printed by the command line, on standard
+error. Once a run's train.log is open, the same text goes there, every line prefixed with its rank.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+WIDTH_WITHOUT_TERMINAL = 120
+"""Columns of tables in pipes and logs, where no terminal says its width."""
+
+
+class Console:
+    """The terminal of the main process, and the run's log of every process."""
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stdout
+        width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
+        self._rich = RichConsole(file=stream, quiet=quiet, width=width, highlight=False, soft_wrap=True)
+        self._log: RichConsole | None = None
+        self._log_stream: _PrefixedFile | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person is looking: progress bars only then."""
+        return self._rich.is_terminal and not self._rich.quiet
+
+    def line(self, text: str = "", *, style: str = "") -> None:
+        """Print one line of plain text; square brackets are not markup."""
+        self._print(Text(text, style=style))
+
+    def heading(self, text: str) -> None:
+        """Print a line that opens a section."""
+        self.line(text, style="bold")
+
+    def warning(self, text: str) -> None:
+        """Print what the user should know but what does not stop the run."""
+        self.line(f"warning: {text}", style="yellow")
+
+    def table(self, table: Table) -> None:
+        """Print a rich table."""
+        self._print(table)
+
+    def debug(self, text: str) -> None:
+        """Write a line to train.log only."""
+        if self._log is not None:
+            self._log.print(Text(text))
+
+    def open_log(self, path: Path, *, rank: int) -> None:
+        """From here on write to `path` too, appending; every line gets the rank's prefix."""
+        self.close_log()
+        self._log_stream = _PrefixedFile(path, f"[rank {rank}] ")
+        self._log = RichConsole(file=self._log_stream, width=WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=True)
+
+    def close_log(self) -> None:
+        """Stop writing to train.log."""
+        if self._log_stream is not None:
+            self._log_stream.close()
+        self._log = self._log_stream = None
+
+    @contextmanager
+    def progress(self, description: str, *, total: int, completed: int = 0) -> Iterator["ProgressBar"]:
+        """A bar at a terminal, nothing elsewhere; `lines` printed meanwhile appear above it."""
+        if not self.is_terminal:
+            yield ProgressBar(None, None)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._rich, transient=True) as bar:
+            task = bar.add_task(description, total=total, completed=completed, status="")
+            yield ProgressBar(bar, int(task))
+
+    def _print(self, renderable: Text | Table) -> None:
+        self._rich.print(renderable)
+        if self._log is not None:
+            self._log.print(renderable)
+
+
+class ProgressBar:
+    """A handle on a running bar; does nothing where no terminal is."""
+
+    def __init__(self, bar: Progress | None, task: int | None) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, completed: int, status: str = "") -> None:
+        """Show `completed` of the total, and a few words beside it."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=completed, status=status)  # type: ignore[arg-type]
+
+
+class _PrefixedFile:
+    """A text file whose every line starts with a prefix; flushed at each line so that a killed run keeps its log."""
+
+    def __init__(self, path: Path, prefix: str) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._prefix = prefix
+        self._at_line_start = True
+
+    def write(self, text: str) -> int:
+        for piece in text.splitlines(keepends=True):
+            self._file.write(self._prefix + piece if self._at_line_start else piece)
+            self._at_line_start = piece.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def isatty(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "_PrefixedFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_table(title: str, columns: list[tuple[str, str]]) -> Table:
+    """A table with (header, "left" | "right") columns in the one style that ftkit uses."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for header, justify in columns:
+        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def human_count(count: int) -> str:
+    """134515008 -> "134,515,008"."""
+    return f"{count:,}"
+
+
+def human_seconds(seconds: float) -> str:
+    """3725 -> "1h 02m"."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    minutes, _ = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m"

@@ -1,0 +1,157 @@
+"""The examples of a global batch, dealt to devices and micro-batches, and put into tensors."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ftkit.data.types import IGNORE, EncodedExample
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch on one device. B: rows, T: tokens a row, D: documents, N: targets."""
+
+    input_ids: Tensor
+    """int64 [B, T]; packed: B == 1."""
+    position_ids: Tensor
+    """int64 [B, T]; restarts at 0 with each document."""
+    attention_mask: Tensor | None
+    """int64 [B, T], 1 = real; None when packed."""
+    cu_seq_lens: Tensor | None
+    """int32 [D + 1], document bounds in the packed row; None when padded."""
+    max_seq_len: int
+    """Tokens of the longest document."""
+    target_positions: Tensor
+    """int64 [N]; index into the flattened [B*T] hidden states from which the target is predicted."""
+    target_ids: Tensor
+    """int64 [N]."""
+    target_datasets: Tensor
+    """int64 [N]; index of the data set of each target."""
+    num_tokens: int
+    """Real tokens: neither padding nor the stand-in of an empty micro-batch."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+            cu_seq_lens=None if self.cu_seq_lens is None else self.cu_seq_lens.to(device),
+            max_seq_len=self.max_seq_len,
+            target_positions=self.target_positions.to(device),
+            target_ids=self.target_ids.to(device),
+            target_datasets=self.target_datasets.to(device),
+            num_tokens=self.num_tokens,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- dealing
+
+
+def deal(lengths: Sequence[int], *, world_size: int, max_tokens: int, padded: bool = False) -> list[list[list[int]]]:
+    """Deal documents to ranks so that tokens balance, and to micro-batches that keep the budget.
+
+    Longest document first to the rank with the fewest tokens so far, then into the rank's micro-batches. A document
+    longer than `max_tokens` gets a micro-batch of its own. Deterministic, so that every rank can work it out alone.
+
+    Args:
+        lengths: tokens of each document.
+        world_size: number of ranks.
+        max_tokens: tokens a micro-batch may hold: their sum, or with `padded` documents times the longest.
+        padded: whether documents are padded to the longest of their micro-batch.
+
+    Returns:
+        [rank][micro-batch] -> positions in `lengths`, ascending. Every rank has the same number of micro-batches, at
+        least one; empty ones fill up.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    ranks: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0, rank) for rank in range(world_size)]
+    for position in longest_first:
+        load, rank = heapq.heappop(loads)
+        ranks[rank].append(position)
+        heapq.heappush(loads, (load + lengths[position], rank))
+    fill = _fill_padded if padded else _fill_packed
+    dealt = [[sorted(bin_) for bin_ in fill(positions, lengths, max_tokens)] for positions in ranks]
+    most = max(1, *(len(bins) for bins in dealt))
+    return [bins + [[] for _ in range(most - len(bins))] for bins in dealt]
+
+
+def _fill_packed(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """First-fit decreasing: at most 11/9 of the fewest micro-batches possible, plus 6/9."""
+    bins: list[list[int]] = []
+    free: list[int] = []
+    for position in longest_first:
+        length = lengths[position]
+        index = next((index for index, room in enumerate(free) if room >= length), None)
+        if index is None:
+            bins.append([position])
+            free.append(max_tokens - length)
+        else:
+            bins[index].append(position)
+            free[index] -= length
+    return bins
+
+
+def _fill_padded(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Neighbours in length together: a micro-batch's first document is its longest and sets the padded length."""
+    bins: list[list[int]] = []
+    for position in longest_first:
+        if bins and (len(bins[-1]) + 1) * lengths[bins[-1][0]] <= max_tokens:
+            bins[-1].append(position)
+        else:
+            bins.append([position])
+    return bins
+
+
+# --------------------------------------------------------------------------------------------------- collating
+
+
+def collate(examples: Sequence[EncodedExample], *, packed: bool, pad_id: int) -> Batch:
+    """Put the examples of one micro-batch into tensors.
+
+    Args:
+        examples: what `deal` put together. None (a rank without documents) gives one padding token without targets,
+            so that the rank still runs its forward and backward.
+        packed: one after another in a single row, or padded on the right to the longest.
+        pad_id: id that fills up. Real tokens are told apart by lengths, so it may be a token that documents contain.
+    """
+    lengths = [example.example.num_tokens for example in examples] or [1]
+    row_length = max(lengths)
+    starts = [0, *accumulate(lengths)] if packed else [row_length * row for row in range(len(lengths))]
+    shape = (1, sum(lengths)) if packed else (len(lengths), row_length)
+    input_ids = np.full(shape[0] * shape[1], pad_id, dtype=np.int64)
+    positions, ids, datasets = [], [], []
+    for example, start in zip(examples, starts, strict=False):
+        labels = example.example.labels
+        assert labels[0] == IGNORE, "nothing comes before a document's first token, so nothing predicts it"
+        input_ids[start : start + len(labels)] = example.example.input_ids
+        targets = np.flatnonzero(labels != IGNORE)
+        positions.append(start + targets - 1)
+        ids.append(labels[targets])
+        datasets.append(np.full(len(targets), example.dataset))
+    if packed:
+        position_ids = np.concatenate([np.arange(length) for length in lengths])
+    else:
+        position_ids = np.tile(np.arange(row_length), len(lengths))
+    mask = np.arange(row_length) < np.asarray(lengths)[:, None]
+    return Batch(
+        input_ids=torch.from_numpy(input_ids.reshape(shape)),
+        position_ids=torch.from_numpy(position_ids.reshape(shape)),
+        attention_mask=None if packed else torch.from_numpy(mask.astype(np.int64)),
+        cu_seq_lens=torch.tensor(starts, dtype=torch.int32) if packed else None,
+        max_seq_len=row_length,
+        target_positions=_int64(positions),
+        target_ids=_int64(ids),
+        target_datasets=_int64(datasets),
+        num_tokens=sum(lengths) if examples else 0,
+    )
+
+
+def _int64(arrays: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *arrays]).astype(np.int64))

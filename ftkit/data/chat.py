@@ -1,0 +1,256 @@
+"""Chat templates: rendering as a server does it, the token that ends a turn, and the check that no text is lost."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from ftkit.data.end_of_turn import EndOfTurn, TurnKind, find_end_of_turn
+from ftkit.data.shadow import find_lost_text, template_constants
+from ftkit.data.template_texts import BUILT_IN, PLAIN, pin_date
+from ftkit.data.types import Message
+from ftkit.errors import UserError
+from ftkit.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TemplateMessage = dict[str, Any]
+"""`Message.to_template()`: a message as templates take it."""
+Tools = Sequence[dict[str, Any]]
+Templates = dict[str, str]
+"""Jinja text by name: "default", and "tool_use" where a tokenizer has one of its own for conversations with tools."""
+
+OTHER_TEMPLATE = "choose another template with model.chat_template (a file, chatml or plain)"
+
+# Arguments that `apply_chat_template` keeps for itself.
+_RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
+_RESERVED |= {"continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length"}
+_RESERVED |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"}
+
+# What looks like a control token: <|im_end|>, <turn|>, <|turn>, <｜User｜>, <start_of_turn>.
+_CONTROL_TOKEN = re.compile(r"<[|｜][^<>\s]{1,40}>|<[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or another in its place, with the keywords that the recipe gives it."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str | Templates,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        warning: str | None = None,
+    ) -> None:
+        """`warning` says what a user should know about the choice of the template.
+
+        Raises:
+            UserError: a keyword is none that a chat template can get.
+        """
+        self.kwargs = dict(kwargs or {})
+        self.warning = warning
+        self.templates: Templates = {"default": template} if isinstance(template, str) else dict(template)
+        self._tokenizer = tokenizer
+        self._pinned = {name: pin_date(text) for name, text in self.templates.items()}
+        self._constants: dict[str, re.Pattern[str]] = {}
+        self._ends: dict[tuple[TurnKind, bool], EndOfTurn] = {}
+        if reserved := sorted(_RESERVED & self.kwargs.keys()):
+            key = ("data", "chat_template_kwargs")
+            raise UserError(f"{', '.join(reserved)}: not a keyword of chat templates", how="remove it", key=key)
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts of the tokenizer's special tokens."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return frozenset({token.content for token in added if token.special} | set(self._tokenizer.all_special_tokens))
+
+    @cached_property
+    def end_of_turn_ids(self) -> tuple[int, ...]:
+        """Ids of all tokens that end a turn, of text or of tool calls; empty where neither can be trained on."""
+        ends: list[EndOfTurn] = []
+        kinds: tuple[TurnKind, ...] = ("text", "tool_call")
+        for kind in kinds:
+            try:
+                ends.append(self.end_of_turn(kind))
+            except UserError:
+                continue  # Reported when a conversation with such a turn is rendered.
+        vocabulary = self._tokenizer.get_vocab()
+        return tuple(dict.fromkeys(vocabulary[end.token] for end in ends))
+
+    def save_to(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Make this the tokenizer's template, so that it is saved with it."""
+        only_one = self.templates.keys() == {"default"}
+        tokenizer.chat_template = self.templates["default"] if only_one else dict(self.templates)
+
+    def render(
+        self,
+        messages: Sequence[TemplateMessage],
+        tools: Tools = (),
+        *,
+        generation_prompt: bool = False,
+        where: str = "",
+    ) -> str:
+        """The template's text for `messages`, as a server renders it (but for today's date, which is pinned).
+
+        Raises:
+            UserError: the template refuses the messages or fails on them; names `where`.
+        """
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                chat_template=self._pinned[self._name_for(tools)],
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                **self.kwargs,
+            )
+            assert isinstance(rendered, str)
+            return rendered
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"the chat template is no valid Jinja: {error}", key=("model", "chat_template")) from None
+        except Exception as error:  # A template is foreign code: whatever it raises, it cannot do this conversation.
+            raise UserError(
+                f"the chat template fails on this conversation: {error}",
+                how=f"mend the row, or {OTHER_TEMPLATE}",
+                where=where or None,
+            ) from None
+
+    def generation_prompt(self, messages: Sequence[Message], tools: Tools = (), *, where: str = "") -> str:
+        """What a server renders before the model answers `messages`.
+
+        Raises:
+            UserError: as `render`.
+        """
+        return self.render([message.to_template() for message in messages], tools, generation_prompt=True, where=where)
+
+    def end_of_turn(self, kind: TurnKind, tools: Tools = (), *, where: str = "") -> EndOfTurn:
+        """How turns of this kind end; found once for conversations with and without tools.
+
+        Raises:
+            UserError: they end in no special token, or the template fails on a plain probe; names `where`.
+        """
+        key = (kind, bool(tools))
+        if key not in self._ends:
+            try:
+                self._ends[key] = find_end_of_turn(
+                    lambda probe: self.render(probe, tools, where=where), self.special_tokens, kind
+                )
+            except ValueError as error:
+                what = f"the chat template cannot be trained on: {error}"
+                raise UserError(what, how=OTHER_TEMPLATE, where=where or None) from None
+        return self._ends[key]
+
+    def check_text(
+        self,
+        messages: Sequence[TemplateMessage],
+        rendered: str,
+        needed: Collection[int],
+        tools: Tools = (),
+        *,
+        where: str = "",
+    ) -> None:
+        """Check that `rendered`, the template's text for `messages`, has all text of the messages `needed`.
+
+        Raises:
+            UserError: text of theirs is missing or altered: thoughts, tool calls, messages of a role that the template
+                does not know; names `where`.
+        """
+
+        def constants() -> re.Pattern[str]:
+            name = self._name_for(tools)
+            if name not in self._constants:
+                self._constants[name] = template_constants(self.templates[name])
+            return self._constants[name]
+
+        lost = find_lost_text(
+            lambda shadow: self.render(shadow, tools, where=where), messages, needed, rendered, constants
+        )
+        if lost is not None:
+            raise UserError(f"the chat template {lost}", how=f"take it out, or {OTHER_TEMPLATE}", where=where or None)
+
+    def how_to_mend_prompt(self, messages: Sequence[TemplateMessage], tools: Tools = ()) -> str:
+        """The fix for a template whose rendering of the last message does not begin with its generation prompt."""
+        if "enable_thinking" in self.templates[self._name_for(tools)]:
+            mended = ChatTemplate(self._tokenizer, self.templates, {**self.kwargs, "enable_thinking": False})
+            try:
+                prompt = mended.render(messages[:-1], tools, generation_prompt=True)
+                if mended.render(messages, tools).startswith(prompt):
+                    return "set data.chat_template_kwargs: {enable_thinking: false}"
+            except UserError:
+                pass
+        return OTHER_TEMPLATE
+
+    def _name_for(self, tools: Tools) -> str:
+        return "tool_use" if tools and "tool_use" in self._pinned else "default"
+
+
+def chat_template_for(
+    tokenizer: "PreTrainedTokenizerBase", section: ModelSection, base: Path, kwargs: Mapping[str, Any]
+) -> ChatTemplate:
+    """The recipe's chat template, else the tokenizer's own, else a plain one that ends in the tokenizer's EOS.
+
+    Args:
+        tokenizer: of the base model.
+        section: the recipe's model section.
+        base: directory of the recipe, which a template file is relative to.
+        kwargs: `data.chat_template_kwargs`.
+
+    Raises:
+        UserError: the file is missing; the template needs tokens that the tokenizer lacks; there is no EOS.
+    """
+    if section.chat_template is not None:
+        template = ChatTemplate(tokenizer, _read(section.chat_template, base, tokenizer), kwargs)
+        _check_tokens(template, tokenizer)
+        return template
+    if tokenizer.chat_template:
+        return ChatTemplate(tokenizer, tokenizer.chat_template, kwargs)
+    return ChatTemplate(
+        tokenizer,
+        _plain(tokenizer),
+        kwargs,
+        warning=f"the base model has no chat template: it gets a plain one whose answers end in {tokenizer.eos_token}, "
+        "saved with the tuned model (model.chat_template chooses another)",
+    )
+
+
+def _read(name: str, base: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
+    path = base / name
+    key = ("model", "chat_template")
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}", how="give a readable UTF-8 file", key=key) from None
+    if name not in BUILT_IN:
+        how = f"give a Jinja file or one of {', '.join(BUILT_IN)}"
+        raise UserError(f"no such file or built-in template: {name}", how=how, key=key)
+    return _plain(tokenizer) if name == "plain" else BUILT_IN[name]
+
+
+def _plain(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """`PLAIN`, with BOS where the tokenizer begins a text with it: a chat's text is encoded without adding any."""
+    if tokenizer.eos_token is None:
+        raise UserError(
+            "the tokenizer has neither a chat template nor an EOS token",
+            how="give a template file whose answers end in a special token of the tokenizer",
+            key=("model", "chat_template"),
+        )
+    begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    return "{{ bos_token }}" + PLAIN if begins_with_bos else PLAIN
+
+
+def _check_tokens(template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a template whose control tokens the tokenizer would take apart into pieces of text."""
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    rendered = template.render(probe) + template.render(probe[:1], generation_prompt=True)
+    tokens = dict.fromkeys(_CONTROL_TOKEN.findall(rendered))
+    if lacking := [token for token in tokens if len(tokenizer(token, add_special_tokens=False).input_ids) != 1]:
+        raise UserError(
+            f"the chat template needs tokens that the tokenizer lacks: {', '.join(lacking)}",
+            how="leave the key out, or give a template made of the tokenizer's own special tokens, e.g. plain",
+            key=("model", "chat_template"),
+        )

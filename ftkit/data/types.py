@@ -1,0 +1,119 @@
+"""The types that data passes through: Row -> Conversation | Text -> Example -> Batch."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+IGNORE = -100
+"""Label of a token that is not trained on (the value of torch's and transformers' losses)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record as it stands in its source."""
+
+    index: int
+    """Position in the data set, from 0; the row's id."""
+    fields: dict[str, Any]
+    where: str
+    """`file:line`, or `name row N` where the source has no lines; for errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation, in the keys of transformers' chat templates."""
+
+    role: Role
+    content: str
+    train: bool | None = None
+    """Whether this turn is trained on; None leaves it to the recipe's `train_on`."""
+    reasoning_content: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """OpenAI's form: {"type": "function", "function": {"name": str, "arguments": dict}}."""
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        """The dict that `apply_chat_template` takes; absent parts are left out."""
+        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [dict(call) for call in self.tool_calls]
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages in order; trained on its assistant turns."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    """JSON schemas of the tools that the model may call (OpenAI's form)."""
+    options: tuple[str, ...] = ()
+    """The answers to choose from, where the row is a classification; used by evaluation."""
+    references: tuple[str, ...] = ()
+    """All accepted answers, where there are several; used by evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, trained on as a whole and cut into pieces of `max_length`."""
+
+    text: str
+
+
+Document = Conversation | Text
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training example: what `preview` shows as one, and what a global batch counts."""
+
+    input_ids: np.ndarray
+    """int32 [T]"""
+    labels: np.ndarray
+    """int32 [T]; the token's own id where it is a target, IGNORE elsewhere. Not shifted: labels[t] is predicted
+    from position t - 1. labels[0] is always IGNORE."""
+    truncated: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """An `Example` and where it comes from."""
+
+    example: Example
+    dataset: int
+    """Index into the recipe's list of data sets."""
+    row: int
+    """`Row.index`"""
+
+
+@dataclass(slots=True)
+class DatasetCounts:
+    """What became of the rows of one data set; what tables and `preview` print."""
+
+    name: str
+    rows: int = 0
+    rows_used: int = 0
+    examples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    truncated: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """reason -> row ids"""

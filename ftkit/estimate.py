@@ -1,0 +1,81 @@
+"""What a run will take, from its plan and the model's configuration alone: parameters, bytes, steps, tokens."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ftkit.methods.base import Report, report
+from ftkit.methods.table import METHODS
+from ftkit.models.load import choose_compute_dtype
+from ftkit.training.prepare import Prepared
+
+ADAMW_MOMENTS = 2
+"""float32 tensors that AdamW keeps of each trained parameter."""
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that do not depend on the batch; activations and logits come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `ftkit plan` prints."""
+
+    parameters: int
+    """Of the model, inserted ones included."""
+    trainable_parameters: int
+    memory_bytes: Memory
+    optimizer_steps: int
+    tokens: int
+    """That run through the model in training, over all epochs."""
+    target_tokens: int
+    """Of them, trained on."""
+    disk_bytes: int
+    """Of the result and the checkpoints that are kept."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def estimate(prepared: Prepared, device: torch.device) -> Estimate:
+    """Measure a run without loading a weight: the model is built on the meta device.
+
+    Raises:
+        UserError: the method finds no place in the model.
+    """
+    counts, plan, training = _count(prepared, device), prepared.plan, prepared.recipe.training
+    weights = sum(part.parameters * part.dtype.itemsize for part in counts.precision)
+    state = counts.trainable_parameters * FLOAT32_BYTES
+    checkpoint = state * (1 + ADAMW_MOMENTS)
+    # The checkpoints of `save_total_limit`, the best one, and the result.
+    disk = checkpoint * (training.save_total_limit + 1) + counts.saved_bytes
+    examples = [plan.examples[index].example for step in plan.steps for index in step]
+    return Estimate(
+        parameters=counts.total_parameters,
+        trainable_parameters=counts.trainable_parameters,
+        memory_bytes=Memory(weights, state, state * ADAMW_MOMENTS),
+        optimizer_steps=len(plan.steps),
+        tokens=sum(example.num_tokens for example in examples),
+        target_tokens=sum(plan.targets_per_step),
+        disk_bytes=disk,
+    )
+
+
+def _count(prepared: Prepared, device: torch.device) -> Report:
+    recipe = prepared.recipe
+    method = METHODS[recipe.method.type]
+    compute_dtype, _ = choose_compute_dtype(recipe.model.dtype, device)
+    dtype = torch.float32 if method.name == "full" else compute_dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(prepared.config, dtype=dtype)
+    method.apply(model, recipe.method, seed=recipe.seed)
+    return report(model)

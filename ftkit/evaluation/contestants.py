@@ -1,0 +1,102 @@
+"""From targets to models that can be asked: a base and its adapter share one loaded model."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ftkit.data.chat import chat_template_for
+from ftkit.data.encode import Encoder
+from ftkit.errors import UserError
+from ftkit.evaluation.compare import Contestant
+from ftkit.evaluation.prompts import ChatPrompts, Prompts, RawPrompts, choose_mode
+from ftkit.evaluation.schema import PromptMode
+from ftkit.methods.table import method_of
+from ftkit.models.load import BaseModel, load_tokenizer, load_weights
+from ftkit.recipe.schema import DataSection, ModelSection, Recipe
+from ftkit.runs import Target
+
+
+def load_contestants(
+    targets: Sequence[Target], *, mode: PromptMode, dtype: torch.dtype, device: torch.device
+) -> list[Contestant]:
+    """Load what is compared, the tuned one first.
+
+    The base of an adapter is loaded once: its own contestant is the same model with the adapter switched off.
+
+    Raises:
+        UserError: a model or adapter cannot be loaded; two targets would have one label.
+    """
+    tokenizers = [_tokenizer(target) for target in targets]
+    template = next((t.chat_template for t in tokenizers if t.chat_template), None)
+    chat = choose_mode(mode, has_template=template is not None) == "chat"
+    recipe = targets[0].recipe
+    shared: dict[BaseModel, tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]] = {}
+    contestants = []
+    # Adapters first: a base without one is then found loaded.
+    for index in sorted(range(len(targets)), key=lambda i: targets[i].adapter is None):
+        target = targets[index]
+        key = replace(target.model, name="")
+        if target.adapter is None and key in shared:
+            model, active = shared[key]
+        else:
+            model, disabled = _load(target, dtype, device)
+            active = nullcontext
+            if disabled is not None:
+                shared[key] = (model, disabled)
+        prompts: Prompts = RawPrompts(tokenizers[index])
+        if chat:
+            prompts = _chat_prompts(tokenizers[index], template, recipe)
+        contestants.append((index, Contestant(target.label, model, prompts, active)))
+    return [contestant for _, contestant in sorted(contestants, key=lambda pair: pair[0])]
+
+
+def _load(
+    target: Target, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]] | None]:
+    """The model in eval mode, and what switches its adapter off, where that gives the base."""
+    model = load_weights(target.model, dtype=dtype)
+    disabled = None
+    if target.adapter is not None:
+        method = method_of(target.adapter)
+        section: Any = method.load(model, target.adapter)
+        if method.keeps_base(section):
+            disabled = lambda: method.disabled(model)  # noqa: E731
+    return model.to(device).eval(), disabled
+
+
+def _tokenizer(target: Target) -> PreTrainedTokenizerBase:
+    if target.tokenizer is not None and (target.tokenizer / "tokenizer_config.json").is_file():
+        return load_tokenizer(BaseModel(str(target.tokenizer), path=target.tokenizer))
+    return load_tokenizer(target.model)
+
+
+def _chat_prompts(tokenizer: PreTrainedTokenizerBase, template: str | None, recipe: Recipe | None) -> ChatPrompts:
+    """Every model is asked through the tuned run's template, each with its own tokenizer."""
+    tokenizer.chat_template = template
+    data = recipe.data if recipe is not None else None
+    kwargs = data.chat_template_kwargs if data is not None else {}
+    chat = chat_template_for(tokenizer, ModelSection(), Path.cwd(), kwargs)
+    defaults = DataSection.model_fields
+    return ChatPrompts(
+        tokenizer,
+        Encoder(
+            tokenizer,
+            chat,
+            max_length=data.max_length if data is not None else defaults["max_length"].default,
+            turns=data.turns if data is not None else "auto",
+            train_on=data.train_on if data is not None else "assistant",
+        ),
+    )
+
+
+def check_labels(targets: Sequence[Target]) -> None:
+    """Raise a UserError where two targets have one label: results could not be told apart."""
+    labels = [target.label for target in targets]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"{label} is compared with itself", how="name each target once")

@@ -1,0 +1,191 @@
+"""What every way to train can do, as one protocol, and the few functions that all of them share.
+
+A method is a module of functions (`methods/lora.py` ...) and keeps no state: everything it adds lives in the model.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ftkit.errors import Problem, UserError
+from ftkit.methods.files import BaseIdentity
+
+Gather = Callable[[Tensor], Tensor]
+"""Turns a shard into its full tensor, e.g. `distributed.whole`; a collective."""
+
+Delta = tuple[str, Callable[[], Tensor]]
+"""Name of a base weight, and a function that computes what to add to it (float32, in the weight's own layout)."""
+
+
+class Method(Protocol):
+    """One way to train. The functions of a method's module have these signatures; `section` is its recipe section."""
+
+    name: str
+    """Its `type` in the recipe."""
+    merge_refusal: str | None
+    """Why its result cannot be folded into the base weights, and what to do instead; None where it can."""
+
+    def apply(self, model: PreTrainedModel, section: Any, *, seed: int) -> None:
+        """Insert the method's modules in place, freeze the base and let exactly the method's parameters train.
+
+        Trained parameters are float32. The initial values follow from `seed` and the modules' paths alone, not from
+        the order of modules, other random draws, device or base dtype. Called once on an unsharded model, before DDP,
+        `fully_shard` or `torch.compile`.
+
+        Raises:
+            UserError: the model has no place for it, with the recipe key at fault.
+        """
+
+    def trained_state(self, model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
+        """What is saved: name in the saved file -> tensor, sharing memory with the model unless `gather` copies.
+
+        Where `gather` is given, every process must call this.
+        """
+
+    def load_state(self, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of `trained_state` into a model that the method was applied to and that is not sharded.
+
+        Raises:
+            UserError: names or shapes do not agree; missing and unexpected ones are named.
+        """
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        section: Any,
+        directory: Path,
+        identity: BaseIdentity,
+        *,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write `state` (default: `trained_state(model)`) and what is needed to load it. Called by one process.
+
+        The same state gives the same bytes of weights.
+        """
+
+    def load(self, model: PreTrainedModel, directory: Path) -> Any:
+        """Apply the method to a plain base model as `directory` says, load its weights and return its section.
+
+        Raises:
+            UserError: the files are damaged, of another method or base, or use something that ftkit lacks.
+        """
+
+    def deltas(self, model: PreTrainedModel, state: Mapping[str, Tensor], section: Any) -> Iterator[Delta]:
+        """What merging adds to which base weight; `model` tells the layout and may be on the meta device.
+
+        Repeating a computation on the same machine gives the same bits. Not to be called where `merge_refusal` is set.
+        """
+
+    def keeps_base(self, section: Any) -> bool:
+        """Whether the base's own weights stay as they are, so that `disabled(model)` computes the base model."""
+
+    def disabled(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Inside this context the model computes as the base does; only where `keeps_base`."""
+
+
+# ------------------------------------------------------------------------------------------- shared by the methods
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter trains."""
+    model.requires_grad_(False)
+
+
+def train_in_float32(parameter: nn.Parameter) -> None:
+    """Let a parameter train, as a float32 master of itself; the object stays, and with it tying."""
+    parameter.data = parameter.data.float()
+    parameter.requires_grad_(True)
+
+
+def seeded_generator(seed: int, path: str) -> torch.Generator:
+    """A CPU generator for the initial values of the module at `path`: another module's presence changes nothing."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def gathered(tensors: Mapping[str, Tensor], gather: Gather | None) -> dict[str, Tensor]:
+    """The tensors without their gradient history, whole."""
+    return {name: t.detach() if gather is None else gather(t.detach()) for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def copy_strictly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `targets`; both must have the same names and shapes.
+
+    Raises:
+        UserError: they do not, one line for each kind of difference; nothing was copied.
+    """
+    differences = {
+        "lack": [name for name in targets if name not in state],
+        "do not fit this model": [name for name in state if name not in targets],
+        "have another shape": [
+            f"{name} {list(state[name].shape)} in place of {list(target.shape)}"
+            for name, target in targets.items()
+            if name in state and state[name].shape != target.shape
+        ],
+    }
+    problems = [
+        Problem(f"the saved weights {kind}: {_first(names)}", how="load them on the base model they were trained on")
+        for kind, names in differences.items()
+        if names
+    ]
+    if problems:
+        raise UserError.of(problems)
+    for name, target in targets.items():
+        target.copy_(state[name])
+
+
+def _first(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Parameters of one precision."""
+
+    dtype: torch.dtype
+    trained: bool
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run prints about its parameters before it starts; shared (tied) weights count once."""
+
+    trainable_parameters: int
+    total_parameters: int
+    """Inserted parameters included."""
+    saved_bytes: int
+    """Size on disk of what is saved, file headers aside."""
+    precision: tuple[Precision, ...]
+    """Trained parts first, then by number of parameters."""
+
+    @property
+    def share(self) -> float:
+        """Trainable share of all parameters."""
+        return self.trainable_parameters / self.total_parameters
+
+
+def report(model: nn.Module) -> Report:
+    """Count a model's parameters; under `fully_shard` the global numbers."""
+    counts: Counter[tuple[torch.dtype, bool]] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype, parameter.requires_grad] += parameter.numel()
+    parts = [Precision(dtype, trained, number) for (dtype, trained), number in counts.items()]
+    return Report(
+        trainable_parameters=sum(part.parameters for part in parts if part.trained),
+        total_parameters=sum(part.parameters for part in parts),
+        saved_bytes=sum(part.parameters * part.dtype.itemsize for part in parts if part.trained),
+        precision=tuple(sorted(parts, key=lambda part: (not part.trained, -part.parameters, str(part.dtype)))),
+    )

@@ -1,0 +1,209 @@
+"""The directory of an adapter: peft's two files, and one of ftkit's own that says which base it belongs to.
+
+adapter_config.json         peft's for LoRA; for bottleneck adapters with "peft_type": "FTKIT_BOTTLENECK"
+adapter_model.safetensors   the trained weights; the same weights give the same bytes
+ftkit.json                  base, its fingerprint, ftkit's version (peft warns about keys of others in its own file)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ftkit.errors import FtkitError, Problem, UserError
+from ftkit.models.files import read_json
+from ftkit.recipe.schema import AdapterMethod, LoraMethod
+
+CONFIG_NAME, WEIGHTS_NAME, IDENTITY_NAME = "adapter_config.json", "adapter_model.safetensors", "ftkit.json"
+LORA, BOTTLENECK = "LORA", "FTKIT_BOTTLENECK"
+"""Values of `peft_type`."""
+
+_READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
+_READ |= {"exclude_modules", "init_lora_weights"}
+# Neither changes what the saved weights compute: where they go is told by their own names.
+_WITHOUT_EFFECT = {"task_type", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "layers_pattern"}
+_WITHOUT_EFFECT |= {"layers_to_transform", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"}
+_WITHOUT_EFFECT |= {"runtime_config"}
+_BASE_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that start from the base as it is; pissa, olora, corda ... change its weights."""
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which base model an adapter was trained on."""
+
+    name: str
+    """Hub id or path."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+    fingerprint: str | None = None
+    """Of the weight files' content; None where it is not known, as for adapters of other tools."""
+
+
+def write_adapter(
+    directory: Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    identity: BaseIdentity,
+    *,
+    base_dtype: torch.dtype,
+) -> None:
+    """Write the three files; `config` is what is particular to the method.
+
+    Args:
+        base_dtype: precision that the frozen base had in training.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names = {"base_model_name_or_path": identity.name, "revision": identity.revision, "task_type": "CAUSAL_LM"}
+    _write_json(directory / CONFIG_NAME, {**config, **names})
+    known = {"base_model": identity.name, "revision": identity.revision, "base_fingerprint": identity.fingerprint}
+    precision = str(base_dtype).removeprefix("torch.")
+    _write_json(directory / IDENTITY_NAME, {"ftkit_version": _version(), **known, "base_dtype": precision})
+    # One metadata entry only: safetensors writes several in random order, and the bytes would differ.
+    tensors = {name: state[name].detach().to("cpu").contiguous() for name in sorted(state)}
+    save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def read_adapter(directory: Path, *, peft_type: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the weights of an adapter of the kind `peft_type`.
+
+    Raises:
+        UserError: a file is missing or damaged, holds a pickle, or the adapter is of another kind.
+    """
+    config, weights = _read_config(directory), directory / WEIGHTS_NAME
+    if config.get("peft_type") != peft_type:
+        raise UserError(
+            f"is an adapter of the kind {config.get('peft_type')!r}, not {peft_type!r}",
+            how="ftkit reads LoRA and its own bottleneck adapters",
+            where=str(directory / CONFIG_NAME),
+        )
+    if not weights.is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        raise UserError(
+            f"has no {WEIGHTS_NAME}" + (", only a pickle file, which ftkit never reads" if pickled else ""),
+            how="load and save it once with peft, if you trust it" if pickled else "name the directory of an adapter",
+            where=str(directory),
+        )
+    try:
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise UserError(f"is damaged ({error})", how="copy or download it again", where=str(weights)) from None
+
+
+def read_identity(directory: Path) -> BaseIdentity:
+    """Which base the adapter in `directory` belongs to, as far as its files say; an empty name where they do not."""
+    config = _read_config(directory)
+    own = directory / IDENTITY_NAME
+    fingerprint = read_json(own).get("base_fingerprint") if own.is_file() else None
+    return BaseIdentity(config.get("base_model_name_or_path") or "", config.get("revision"), fingerprint)
+
+
+def lora_config(section: LoraMethod, targets: Sequence[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
+    """peft's configuration of a LoRA.
+
+    Args:
+        targets: names or paths that peft matches to exactly the adapted modules.
+        fan_in_fan_out: whether the weights lie transposed, as in GPT-2's Conv1D.
+    """
+    # peft and vLLM declare lora_alpha as an integer; a fraction works in both all the same.
+    alpha = int(section.alpha) if section.alpha.is_integer() else section.alpha
+    return {
+        "peft_type": LORA,
+        "r": section.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": section.dropout,
+        "target_modules": list(targets),
+        "fan_in_fan_out": fan_in_fan_out,
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
+    """The section that a peft configuration says.
+
+    Raises:
+        UserError: it uses something that ftkit lacks; all of it is named.
+    """
+    problems = [
+        Problem(f"{name}: {json.dumps(value)} is not supported", _PEFT_REMEDY, str(where / CONFIG_NAME))
+        for name, value in sorted(config.items())
+        if not _supported(name, value)
+    ]
+    if problems:
+        raise UserError.of(problems)
+    targets = config.get("target_modules") or "all-linear"
+    exclude = config.get("exclude_modules") or ()
+    values = {"type": "lora", "rank": config.get("r"), "alpha": config.get("lora_alpha")}
+    values |= {"dropout": config.get("lora_dropout", 0.0), "targets": _names(targets), "exclude": _names(exclude)}
+    try:
+        return LoraMethod.model_validate(values)
+    except ValidationError as error:
+        raise _invalid(error, where) from None
+
+
+def bottleneck_config(section: AdapterMethod) -> dict[str, Any]:
+    """The configuration of bottleneck adapters: the keys of their section."""
+    return {"peft_type": BOTTLENECK, **section.model_dump(exclude={"type"})}
+
+
+def bottleneck_section(config: Mapping[str, Any], where: Path) -> AdapterMethod:
+    """The section that a configuration of `bottleneck_config` says.
+
+    Raises:
+        UserError: a key is missing, unknown or has a bad value.
+    """
+    others = {"peft_type", "base_model_name_or_path", "revision", "task_type"}
+    values = {name: value for name, value in config.items() if name not in others}
+    try:
+        return AdapterMethod.model_validate({"type": "adapter", **values})
+    except ValidationError as error:
+        raise _invalid(error, where) from None
+
+
+_PEFT_REMEDY = "merge it into its base with peft's merge_and_unload and use the merged model"
+
+
+def _supported(name: str, value: Any) -> bool:
+    """Whether a key of peft's configuration is one that ftkit reads, or says nothing."""
+    if name == "init_lora_weights":
+        return value in _BASE_KEPT
+    return name in _READ or name in _WITHOUT_EFFECT or not value or (name == "bias" and value == "none")
+
+
+def _names(value: str | Sequence[str]) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(sorted(value))
+
+
+def _invalid(error: ValidationError, where: Path) -> FtkitError:
+    file, how = str(where / CONFIG_NAME), "restore the file as it was written"
+    details = [(".".join(str(part) for part in detail["loc"]), detail["msg"]) for detail in error.errors()]
+    return UserError.of(Problem(f"{key}: {message}", how, file) for key, message in details)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"has no {CONFIG_NAME}", how="name the directory of an adapter", where=str(directory))
+    return read_json(path)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ftkit")
+    except metadata.PackageNotFoundError:
+        return "unknown"

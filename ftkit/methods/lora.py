@@ -1,0 +1,140 @@
+"""`lora`: low-rank updates of linear layers (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in peft's files."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ftkit.errors import UserError
+from ftkit.methods.base import Delta, Gather, copy_strictly, freeze, gathered, seeded_generator
+from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, write_adapter
+from ftkit.methods.lora_layer import LoraLayer, insert_lora
+from ftkit.methods.targets import select_targets, shortest_names
+from ftkit.models.architecture import is_linear, linear_modules
+from ftkit.recipe.schema import LoraMethod
+
+name = "lora"
+merge_refusal: str | None = None
+
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+"""peft's names in the file: base_model.model.PATH.lora_A.weight."""
+
+
+def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
+    """Freeze the model and give every target its A and B."""
+    _insert(model, select_targets(model, section.targets, section.exclude), section, seed=seed)
+
+
+def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
+    """A and B of every layer, under peft's names."""
+    return gathered(_parameters(model), gather)
+
+
+def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Copy A and B back."""
+    copy_strictly(_parameters(model), state)
+
+
+def save(
+    model: PreTrainedModel,
+    section: LoraMethod,
+    directory: Path,
+    identity: BaseIdentity,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write what peft's `PeftModel.from_pretrained` reads."""
+    layers = dict(_layers(model))
+    transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
+    config = lora_config(section, shortest_names(model, layers), fan_in_fan_out=transposed)
+    write_adapter(directory, config, trained_state(model) if state is None else state, identity, base_dtype=model.dtype)
+
+
+def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
+    """Load an adapter of ftkit or peft. Which layers it adapts is told by the names of its weights."""
+    config, state = read_adapter(directory, peft_type=LORA)
+    section = lora_section(config, directory)
+    layers = linear_modules(model)
+    paths = adapted_paths(state)
+    unknown = sorted(set(paths) - set(layers))
+    if unknown or not paths:
+        raise UserError(
+            f"adapts {unknown[0]}, which is no linear layer of this model's blocks" if unknown else "adapts nothing",
+            how="load it on the base model it was trained on",
+            where=str(directory),
+        )
+    _insert(model, {path: layers[path] for path in paths}, section, seed=0)
+    load_state(model, state)
+    return section
+
+
+def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[Delta]:
+    """(alpha / rank) * B A for every adapted weight, in the order of `state`."""
+    for path in adapted_paths(state):
+        module = model.get_submodule(path)
+        assert is_linear(module), path
+        yield f"{path}.weight", _delta(state, path, section.alpha / section.rank, isinstance(module, Conv1D))
+
+
+def keeps_base(section: LoraMethod) -> bool:
+    """Yes: nothing of the base trains."""
+    return True
+
+
+@contextmanager
+def disabled(model: PreTrainedModel) -> Iterator[None]:
+    """The base model, while inside."""
+    layers = [layer for _, layer in _layers(model)]
+    before = [layer.lora_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.lora_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.lora_enabled = enabled
+
+
+def adapted_paths(state: Iterable[str]) -> list[str]:
+    """Paths of the layers that have an A or a B among the names of a saved state."""
+    names = (key.removeprefix(PREFIX) for key in state)
+    return list(dict.fromkeys(key.removesuffix(A).removesuffix(B) for key in names))
+
+
+def _insert(model: PreTrainedModel, layers: Mapping[str, torch.nn.Module], section: LoraMethod, *, seed: int) -> None:
+    assert not any(True for _ in _layers(model)), "the model has LoRA layers already"
+    freeze(model)
+    for path, module in layers.items():
+        insert_lora(
+            module,
+            rank=section.rank,
+            alpha=section.alpha,
+            dropout=section.dropout,
+            generator=seeded_generator(seed, path),
+        )
+
+
+def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield path, module
+
+
+def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    parameters: dict[str, Tensor] = {}
+    for path, layer in _layers(model):
+        parameters |= {f"{PREFIX}{path}{A}": layer.lora_A, f"{PREFIX}{path}{B}": layer.lora_B}
+    return parameters
+
+
+def _delta(state: Mapping[str, Tensor], path: str, scale: float, transposed: bool) -> Callable[[], Tensor]:
+    def compute() -> Tensor:
+        # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
+        delta_OI = (state[f"{PREFIX}{path}{B}"].float() @ state[f"{PREFIX}{path}{A}"].float()) * scale
+        return delta_OI.t() if transposed else delta_OI
+
+    return compute

@@ -1,0 +1,121 @@
+"""The files of a Hugging Face model directory: its weights, whether they are all there, what they hash to."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ftkit.errors import KeyPath, UserError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+
+RESTORE = "restore or download the file again"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SAFETENSORS_REMEDY = (
+    "if you trust the files, write them anew as safetensors: "
+    "AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIRECTORY)"
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"is not valid JSON: {error}", how=RESTORE, where=str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("is not a JSON object", how=RESTORE, where=str(path))
+    return content
+
+
+def shard_names(directory: Path) -> list[str]:
+    """Names of the weight files that the index lists (or of the single file), sorted; they need not exist."""
+    index = directory / INDEX_NAME
+    if (directory / WEIGHTS_NAME).is_file() or not index.is_file():
+        # transformers too takes the single file where both exist.
+        return [WEIGHTS_NAME]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError("has no weight_map", how=RESTORE, where=str(index))
+    return sorted(set(weight_map.values()))
+
+
+def weight_files(directory: Path, *, key: KeyPath = ()) -> list[Path]:
+    """The safetensors files that make up the model in `directory`, sorted by name.
+
+    Raises:
+        UserError: there are none, or some of those that the index lists are missing.
+    """
+    names = shard_names(directory)
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing == [WEIGHTS_NAME]:
+        raise no_weights(str(directory), (path.name for path in directory.iterdir()), key=key)
+    if missing:
+        raise UserError(
+            f"{directory} lacks {len(missing)} of the {len(names)} weight files that {INDEX_NAME} lists: {missing[0]}",
+            how="download the model again",
+            key=key,
+        )
+    return [directory / name for name in names]
+
+
+def no_weights(where: str, names: Iterable[str], *, key: KeyPath = ()) -> UserError:
+    """The error for a directory or repository with these file names and without safetensors weights."""
+    names = sorted(names)
+    if pickled := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
+        what = f"{where} holds its weights only as a pickle file ({pickled[0]}), which can run code when it is read"
+        return UserError(what, how=SAFETENSORS_REMEDY, key=key)
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return UserError(f"{where} holds its weights only as GGUF", how=f"name the file itself: {ggufs[0]}", key=key)
+    return UserError(f"{where} holds no weights ({WEIGHTS_NAME})", how="name a directory that holds a model", key=key)
+
+
+def check_model_directory(directory: Path, *, key: KeyPath = ()) -> None:
+    """Check that `directory` holds a configuration and all of its weights.
+
+    Raises:
+        UserError: what is missing, and where the model might be.
+    """
+    if not (directory / CONFIG_NAME).is_file():
+        raise UserError(f"{directory} is not a model: it has no {CONFIG_NAME}", how=_instead_of(directory), key=key)
+    if (directory / ADAPTER_CONFIG_NAME).is_file():
+        # transformers would load the adapter on top without a word.
+        raise UserError(
+            f"{directory} holds an adapter ({ADAPTER_CONFIG_NAME}) beside its model",
+            how="move the adapter's files to a directory of their own",
+            key=key,
+        )
+    weight_files(directory, key=key)
+
+
+def _instead_of(directory: Path) -> str:
+    if (directory / ADAPTER_CONFIG_NAME).is_file():
+        base = read_json(directory / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+        return f"it is an adapter: name the model it was trained on{f' ({base})' if base else ''}, or merge it first"
+    for inner in ("model", "merged"):
+        if (directory / inner / CONFIG_NAME).is_file():
+            return f"did you mean {directory / inner}?"
+    if (directory / "adapter" / ADAPTER_CONFIG_NAME).is_file():
+        return f"it is a run: `ftkit merge {directory}` makes a model of it"
+    if ggufs := sorted(directory.glob("*.gguf")):
+        return f"did you mean {ggufs[0]}?"
+    return f"name a directory that holds {CONFIG_NAME} and {WEIGHTS_NAME}, or a hub id"
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """ "sha256:HEX" over the bytes of the files one after another: `cat FILES | sha256sum`."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,142 @@
+"""Converting a .gguf file, once, into an ordinary Hugging Face directory in the user's cache."""
+
+import io
+import os
+import re
+import sys
+import tempfile
+from contextlib import nullcontext, redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
+
+from ftkit.errors import KeyPath, StorageError, UserError
+from ftkit.models.files import CONFIG_NAME, hash_files
+from ftkit.models.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+MAGIC = b"GGUF"
+
+END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""Where a GGUF keeps the tokens that end generation: end of text, end of turn, end of message (tool calls)."""
+
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_INSTEAD = "name the model's original directory or hub id instead"
+
+
+def cache_directory() -> Path:
+    """FTKIT_CACHE, else XDG_CACHE_HOME/ftkit, else ~/.cache/ftkit."""
+    if own := os.environ.get("FTKIT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ftkit"
+
+
+def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:
+    """The directory with the model of a .gguf file: float32 weights, tokenizer, chat template, generation config.
+
+    The directory is named by the file's SHA-256 and written once. It is staged beside its place and renamed, so that
+    a killed run leaves nothing behind that looks finished, and of two runs at once the slower one discards its own.
+
+    Raises:
+        UserError: the extra `gguf` is missing, or the file cannot be converted.
+        StorageError: the cache is full or not writable.
+    """
+    _check_readable(path, key=key)
+    directory = cache_directory() / "gguf" / hash_files([path]).removeprefix("sha256:")
+    if (directory / CONFIG_NAME).is_file():
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=directory.parent) as staging:
+            finished = Path(staging) / "model"
+            _write_directory(path, finished, key=key)
+            _rename(finished, directory)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the converted model to {directory.parent}: {error.strerror or error}",
+            how="free space there, or name another place with FTKIT_CACHE",
+        ) from None
+    return directory
+
+
+def _check_readable(path: Path, *, key: KeyPath) -> None:
+    if find_spec("gguf") is None:
+        raise UserError("a .gguf base needs the gguf package", how="pip install 'ftkit[gguf]'", key=key)
+    if _PART.search(path.name):
+        how = "join the parts first: llama-gguf-split --merge FIRST_PART JOINED.gguf"
+        raise UserError(f"{path} is one of several parts of a model", how=how, key=key)
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise UserError(f"{path} is not a GGUF file", how="download it again", key=key)
+
+
+def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
+    from gguf import GGUFReader
+
+    quiet_transformers()
+    # transformers shows a bar of its own here; at a terminal it is welcome, the conversion takes a while.
+    bar = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    try:
+        with bar:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                local_files_only=True,
+                dtype=torch.float32,
+                # Without it weights may stay packed, and such a model refuses to be saved.
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        reader = GGUFReader(path)
+    except Exception as error:  # the tokenizers library raises the base class itself
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} cannot be converted: {reason}", how=_INSTEAD, key=key) from None
+    model, info = loaded
+    if info["missing_keys"]:
+        what = f"{path} lacks weights of its model, e.g. {min(info['missing_keys'])}"
+        raise UserError(what, how=_INSTEAD, key=key)
+    _check_rotary(path, reader, model.config, key=key)
+
+    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=_end_tokens(reader), pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *, key: KeyPath) -> None:
+    """Refuse a file whose rotary positions are scaled (Llama 3.1, YaRN) where transformers' reader drops the scaling.
+
+    Such a model loads without a word, gives other logits, and is worse the longer the text.
+    """
+    names = {tensor.name for tensor in reader.tensors}
+    scaled = any(name.startswith(("rope_freqs", "rope_factors")) for name in names) or any(
+        name.endswith(".rope.scaling.type") and field.contents() != "none" for name, field in reader.fields.items()
+    )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if scaled and rope.get("rope_type", "default") == "default":
+        what = f"{path} scales its rotary positions, and the conversion would lose that"
+        raise UserError(what, how=_INSTEAD, key=key)
+
+
+def _end_tokens(reader: "GGUFReader") -> int | list[int] | None:
+    """Every token that ends an answer counts, not only the end of text."""
+    fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in END_TOKEN_KEYS]
+    ends = list(dict.fromkeys(int(field.contents()) for field in fields if field is not None))
+    return ends[0] if len(ends) == 1 else ends or None
+
+
+def _rename(finished: Path, directory: Path) -> None:
+    try:
+        finished.rename(directory)
+    except OSError:
+        # Another run was faster: the directories are equal.
+        if not (directory / CONFIG_NAME).is_file():
+            raise

@@ -1,0 +1,275 @@
+"""From the recipe's `base_model` to configuration, tokenizer and weights.
+
+`find_base` looks up where the model lies and checks that it can be had, before any data is read. The weights of a hub
+model are downloaded when `load_weights` or `fingerprint` first need them.
+"""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ftkit.errors import UserError
+from ftkit.models.files import CONFIG_NAME, check_model_directory, hash_files, read_json, weight_files
+from ftkit.models.gguf import convert_gguf
+from ftkit.models.hub import BASE_KEY, REVISION_KEY, fetch, resolve_commit
+from ftkit.models.quiet import quiet_transformers
+from ftkit.recipe.schema import ModelSection
+
+HUB_PREFIX = "hf://"
+CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+ATTENTION_KEY = ("model", "attn_implementation")
+DTYPE_KEY = ("model", "dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """Where a model's files are: a local directory, or a commit of a hub repository."""
+
+    name: str
+    """`base_model` as the recipe has it."""
+    path: Path | None = None
+    """The local directory; None for a hub model."""
+    repo_id: str | None = None
+    revision: str | None = None
+    """The commit of a hub model."""
+    offline: bool = False
+    trust_remote_code: bool = False
+
+
+def find_base(
+    base_model: str,
+    section: ModelSection,
+    *,
+    base: Path,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> BaseModel:
+    """Find the base model and check that its configuration and weights can be had.
+
+    A path that exists (relative to `base`, the recipe's directory) wins over a hub id; `hf://org/name` forces the hub.
+    A .gguf file is converted into the user's cache and is a directory from then on.
+
+    Raises:
+        UserError: no such path or hub model, files missing, pickled weights only, gated, refused token.
+        NetworkError: the hub cannot be reached.
+    """
+    path = (base / Path(base_model).expanduser()).absolute()
+    if base_model.startswith(HUB_PREFIX) or not path.exists():
+        if not base_model.startswith(HUB_PREFIX) and _looks_like_path(base_model):
+            raise UserError(f"no such model: {path}", how=_similar(path), key=BASE_KEY)
+        repo_id = base_model.removeprefix(HUB_PREFIX)
+        revision = resolve_commit(repo_id, section.revision, offline=offline)
+        return BaseModel(
+            base_model, repo_id=repo_id, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+        )
+    if section.revision is not None:
+        what = f"a revision belongs to a hub model, and {base_model} is a local path"
+        raise UserError(what, how=f"remove it, or write {HUB_PREFIX}{base_model}", key=REVISION_KEY)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            how = "name its directory, or a .gguf file"
+            raise UserError(f"{path} is a file, not a model directory", how=how, key=BASE_KEY)
+        path = convert_gguf(path, key=BASE_KEY)
+    check_model_directory(path, key=BASE_KEY)
+    return BaseModel(base_model, path=path, trust_remote_code=trust_remote_code)
+
+
+def local_directory(base: BaseModel, *, weights: bool) -> Path:
+    """The directory that holds the model's files, downloading what is missing; its weights only when asked for."""
+    if base.path is not None:
+        return base.path
+    assert base.repo_id is not None, "a model without a directory is on the hub"
+    assert base.revision is not None, "and pinned"
+    return fetch(base.repo_id, base.revision, weights=weights, code=base.trust_remote_code, offline=base.offline)
+
+
+def load_config(base: BaseModel) -> PreTrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        UserError: unknown architecture, remote code that was not allowed, or a model that ftkit does not train:
+            multimodal, encoder-decoder, without a language-model head, or quantized.
+    """
+    quiet_transformers()
+    directory = local_directory(base, weights=False)
+    raw = read_json(directory / CONFIG_NAME)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=base.trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        if "auto_map" in raw and not base.trust_remote_code:
+            what = f"{base.name} brings its own Python code, which does not run unless you allow it"
+            how = "--trust-remote-code, if you trust its authors"
+        else:
+            what = f"{base.name}: {CONFIG_NAME} cannot be read: {_first_line(error)}"
+            how = "check its model_type, or upgrade transformers"
+        raise UserError(what, how=how, key=BASE_KEY) from None
+    if (reason := _unsupported(config)) is not None:
+        raise UserError(f"{base.name} {reason}", how="choose a text-only causal language model", key=BASE_KEY)
+    return config
+
+
+def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: its files are missing or damaged.
+    """
+    quiet_transformers()
+    directory = local_directory(base, weights=False)
+    # Without this check transformers makes up an empty tokenizer for some architectures.
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        what = f"{base.name} has no tokenizer (tokenizer.json)"
+        raise UserError(what, how="copy one into its directory", key=BASE_KEY)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=base.trust_remote_code, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises the base class itself
+        what = f"{base.name}: the tokenizer cannot be read: {_first_line(error)}"
+        raise UserError(what, how="restore or download its files again", key=BASE_KEY) from None
+
+
+def load_weights(base: BaseModel, *, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The model on the CPU in evaluation mode, every parameter read from the files and cast to `dtype`.
+
+    Rotary and other buffers keep the precision that the model computes them in (float32).
+
+    Args:
+        attn_implementation: transformers' name of the attention function; None leaves the model's default.
+
+    Raises:
+        UserError: damaged files, or names and shapes that do not agree with the configuration: a weight that the
+            files lack would be random, one that the model lacks would be lost.
+    """
+    config = load_config(base)
+    directory = local_directory(base, weights=True)
+    keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            # Reported below in our own words, all at once.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=base.trust_remote_code,
+            local_files_only=True,
+            **keywords,
+        )
+    except SafetensorError as error:
+        what = f"{base.name}: a weight file is damaged: {_first_line(error)}"
+        raise UserError(what, how="download or copy it again", key=BASE_KEY) from None
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise UserError(f"{base.name} cannot be loaded: {_first_line(error)}", key=BASE_KEY) from None
+        what = f"{base.name} cannot use attention {attn_implementation}: {_first_line(error)}"
+        raise UserError(what, how="attn_implementation: auto", key=ATTENTION_KEY) from None
+    model, info = loaded
+    _check_complete(base, info)
+    return model
+
+
+def fingerprint(base: BaseModel) -> str:
+    """ "sha256:HEX" over the bytes of the weight files in the order of their names, wherever they lie.
+
+    A hub model's is that of its commit; the same files in a directory have the same fingerprint.
+    """
+    return hash_files(weight_files(local_directory(base, weights=True), key=BASE_KEY))
+
+
+def choose_compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype that activations have, and the reason in words for the run's header.
+
+    Args:
+        requested: `model.dtype` of the recipe.
+
+    Raises:
+        UserError: float16, which needs loss scaling.
+    """
+    if requested == "float16":
+        what = "float16 needs loss scaling: not in this version"
+        raise UserError(what, how="model.dtype: auto, bfloat16 or float32", key=DTYPE_KEY)
+    fast, reason = _bfloat16_support(device)
+    if requested == "auto":
+        return (torch.bfloat16 if fast else torch.float32), reason
+    if requested == "bfloat16" and not fast:
+        return torch.bfloat16, f"the recipe asks for it; {reason}, float32 may be much faster"
+    return (torch.bfloat16 if requested == "bfloat16" else torch.float32), "the recipe asks for it"
+
+
+def _bfloat16_support(device: torch.device) -> tuple[bool, str]:
+    """Whether a device computes fast in bfloat16, and a few words about it."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)} (sm{major}{minor})"
+        if major >= 8:
+            return True, f"{name} is fast in bfloat16"
+        return False, f"{name} has no fast bfloat16, and float16 needs loss scaling"
+    if device.type == "cpu":
+        # On CPUs without these instructions bfloat16 was 17 times slower than float32.
+        if torch.cpu._is_amx_tile_supported():
+            return True, "this CPU has AMX"
+        if torch.cpu._is_avx512_bf16_supported():
+            return True, "this CPU has AVX512-BF16"
+        return False, "this CPU has neither AVX512-BF16 nor AMX"
+    return False, f"float32 is the safe choice on {device.type}"
+
+
+def _check_complete(base: BaseModel, info: dict[str, Any]) -> None:
+    shapes = [f"{name} {list(here)}, not {list(there)}" for name, here, there in sorted(info["mismatched_keys"])]
+    problems = (
+        ("lack weights of the model", sorted(info["missing_keys"])),
+        ("hold weights that the model does not have", sorted(info["unexpected_keys"])),
+        ("hold weights of another shape", shapes),
+    )
+    found = [f"{what} ({len(names)}, e.g. {names[0]})" for what, names in problems if names]
+    if found:
+        what = f"{base.name}: its weight files {' and '.join(found)}"
+        raise UserError(what, how=f"check that {CONFIG_NAME} and the weights belong together", key=BASE_KEY)
+
+
+def _unsupported(config: PreTrainedConfig) -> str | None:
+    """Why ftkit does not train this kind of model; None if it does."""
+    if config.get_text_config() is not config:
+        # The auto class would load the text part under names that differ from the files'.
+        return f"is multimodal ({config.model_type}): checkpoints of multimodal models: not in this version"
+    if config.is_encoder_decoder:
+        return f"is an encoder-decoder ({config.model_type}), not a causal language model"
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        return f"holds quantized weights ({kind}): not in this version"
+    architectures = config.architectures or []
+    if architectures and not any(name.endswith(CAUSAL_SUFFIXES) for name in architectures):
+        return f"is a {architectures[0]}, not a causal language model"
+    return None
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+
+
+def _similar(path: Path) -> str:
+    """A directory or .gguf file nearby with a similar name, as a hint."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no directory {folder}"
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() or entry.suffix == ".gguf"]
+    if matches := difflib.get_close_matches(path.name, names, n=3):
+        return f"did you mean {' or '.join(str(folder / name) for name in matches)}?"
+    return f"in {folder} there is {', '.join(sorted(names)[:5]) or 'no model'}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,101 @@
+"""What must hold between the keys of a recipe, each of which is valid by itself."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ftkit.errors import KeyPath, Problem
+from ftkit.recipe.schema import DatasetSection, Recipe
+
+PLACEHOLDERS = ("name", "n", "method", "time")
+"""What `output_dir` may hold in braces."""
+
+
+def has_validation(recipe: Recipe) -> bool:
+    """Whether the run has validation rows: data sets of their own, or a share of the training rows."""
+    return bool(recipe.data.eval) or recipe.data.val_size > 0
+
+
+def check(recipe: Recipe) -> list[Problem]:
+    """All conflicts between keys."""
+    return [problem for find in CHECKS for problem in find(recipe)]
+
+
+def _mixing(recipe: Recipe) -> Iterator[Problem]:
+    mixing = recipe.data.mixing
+    key: KeyPath = ("data", "mixing")
+    weighted = "set data.mixing.strategy: weights, or remove it"
+    if mixing.strategy == "concat":
+        if mixing.epoch_size is not None:
+            yield Problem("concat takes every row once an epoch", weighted, key=(*key, "epoch_size"))
+        if mixing.stopping is not None:
+            yield Problem("concat takes every row once an epoch", weighted, key=(*key, "stopping"))
+        for index, dataset in enumerate(recipe.data.train):
+            if dataset.weight != 1.0:
+                yield Problem(
+                    "concat takes every row once an epoch, at no rate", weighted, key=("data", "train", index, "weight")
+                )
+    elif mixing.epoch_size is not None and mixing.stopping is not None:
+        yield Problem("epoch_size and stopping both end an epoch", "keep one of them", key=(*key, "stopping"))
+    for index, dataset in enumerate(recipe.data.eval):
+        if dataset.weight != 1.0:
+            yield Problem("validation rows are not drawn", "remove it", key=("data", "eval", index, "weight"))
+
+
+def _dataset_names(recipe: Recipe) -> Iterator[Problem]:
+    lists: tuple[tuple[str, tuple[DatasetSection, ...]], ...] = (
+        ("train", recipe.data.train),
+        ("eval", recipe.data.eval),
+    )
+    for kind, datasets in lists:
+        first: dict[str, int] = {}
+        for index, dataset in enumerate(datasets):
+            if dataset.name is None:
+                continue
+            if dataset.name in first:
+                what = f"data.{kind}.{first[dataset.name]} has the name {dataset.name} too"
+                yield Problem(what, "give each data set a name of its own", key=("data", kind, index, "name"))
+            first.setdefault(dataset.name, index)
+
+
+def _intervals(recipe: Recipe) -> Iterator[Problem]:
+    evaluate, save = recipe.training.eval_steps, recipe.training.save_steps
+    if save is None or not has_validation(recipe) or isinstance(save, int) is not isinstance(evaluate, int):
+        return
+    times = save / evaluate
+    if times < 1 or abs(times - round(times)) > 1e-6:
+        what = f"checkpoints are saved at evaluations, and {save} is no multiple of training.eval_steps, {evaluate}"
+        yield Problem(what, "make it one, or leave it out", key=("training", "save_steps"))
+
+
+def _best(recipe: Recipe) -> Iterator[Problem]:
+    metric = recipe.training.metric_for_best_model
+    key: KeyPath = ("training", "metric_for_best_model")
+    names = [dataset.name for dataset in recipe.data.eval or recipe.data.train]
+    if not has_validation(recipe):
+        how = "set data.val_size or data.eval, or remove it"
+        if recipe.training.early_stopping_patience is not None:
+            what = "early stopping needs validation rows"
+            yield Problem(what, how, key=("training", "early_stopping_patience"))
+        if metric != "eval_loss":
+            yield Problem("there are no validation rows", how, key=key)
+    elif metric != "eval_loss" and None not in names and metric.removeprefix("eval_loss_") not in names:
+        known = ", ".join(["eval_loss", *(f"eval_loss_{name}" for name in names)])
+        yield Problem(
+            f"there is no validation data set {metric.removeprefix('eval_loss_')}", f"choose {known}", key=key
+        )
+
+
+def _output_dir(recipe: Recipe) -> Iterator[Problem]:
+    key: KeyPath = ("output_dir",)
+    known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+    for name in re.findall(r"\{([^{}]*)\}", recipe.output_dir):
+        if name not in PLACEHOLDERS:
+            yield Problem(f"unknown placeholder {{{name}}}", f"choose among {known}", key=key)
+    if re.search(r"[{}]", re.sub(r"\{[^{}]*\}", "", recipe.output_dir)):
+        yield Problem("a brace without its partner", f"write placeholders as {known}", key=key)
+    if Path(recipe.output_dir).name in ("", ".."):
+        yield Problem(f"{recipe.output_dir} is no place for a run", "name a directory of its own", key=key)
+
+
+CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (_mixing, _dataset_names, _intervals, _best, _output_dir)

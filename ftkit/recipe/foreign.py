@@ -1,0 +1,348 @@
+"""What other tools' names mean here, and the keys of later versions of ftkit: one table.
+
+It covers Hugging Face's TrainingArguments, TRL, peft, axolotl and LLaMA-Factory. A name that means the same is an
+`Alias`; it may stand in its section or at the top level, like every key of ours. Anything else is a `Refusal` that says
+what to do instead. The table is plain data; `recipe/names.py` applies it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Another name for one of our keys."""
+
+    key: str
+    """The dotted key; for names inside a data set, relative to the data set."""
+    convert: Callable[[Any], Any] = _same
+    """The value in our terms. Values it does not know pass, for validation to refuse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A name that works otherwise here, or not at all."""
+
+    what: str
+    how: str
+
+
+# ------------------------------------------------------------------------------------------------ converting values
+
+
+def _choices(meanings: Mapping[Any, Any]) -> Callable[[Any], Any]:
+    def convert(value: Any) -> Any:
+        # 1 == True: a number must not pass for a switch.
+        known = isinstance(value, str | bool) or value is None
+        return meanings.get(value, value) if known else value
+
+    return convert
+
+
+def _share(value: Any) -> Any:
+    """A ratio of 1 is the whole run, not one step: as a float it is refused."""
+    return float(value) if type(value) is int else value
+
+
+def _whole(value: Any) -> Any:
+    """3.0 -> 3: other tools have fractions of epochs."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _module_names(value: Any) -> Any:
+    """LLaMA-Factory's `all` and `q_proj,v_proj`."""
+    if not isinstance(value, str):
+        return value
+    if value in ("all", "all_linear"):
+        return "all-linear"
+    return [name.strip() for name in value.split(",")] if "," in value and "(" not in value else value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+_PROMPT_TOO = _choices({True: "all", False: "assistant"})
+_ANSWER_ONLY = _choices({True: "assistant"})
+
+# ------------------------------------------------------------------------------------------------ reasons for refusals
+
+
+def _later(how: str) -> Refusal:
+    return Refusal("not in this version", how)
+
+
+def _use(how: str, why: str = "another tool's key") -> Refusal:
+    return Refusal(why, how)
+
+
+_BATCH = Refusal(
+    "the batch is global here", "set training.global_batch_size = per device × accumulation steps × devices"
+)
+_EVAL_BATCH = Refusal("evaluation uses the same token budget as training", "set training.max_tokens_per_device")
+_PRECISION = _use("set model.dtype: bfloat16, float16 or float32 (trained weights are kept in float32)")
+_DATASETS = _use("list the data sets under data.train, and validation sets under data.eval, each with its path")
+_QUANTIZATION = _later("leave it out; a frozen base takes half the memory with model.dtype: bfloat16")
+_PARALLEL = _use("set training.parallel: ddp or fsdp, and say where to run with --launch-config")
+_LAUNCH = Refusal(
+    "ftkit sets up its processes itself", "remove it; --num-processes and --launch-config say where to run"
+)
+_LOADER = Refusal("the whole run is planned before its first step, there is no data loader to set", "remove it")
+_LENGTHS = Refusal("batches are balanced by tokens already", "remove it")
+_EVALUATIONS = _use("set training.eval_steps: steps, or below 1 a share of the run; data.val_size: 0 turns it off")
+_SAVES = _use("set training.save_steps: steps, or below 1 a share of the run")
+_LOGGING = _use("set training.logging_steps; every value is in the run's metrics.jsonl")
+_TRACKERS = _later("read metrics.jsonl in the run's directory, which holds every value")
+_HUB = _later("upload the directory that `ftkit export` writes, with the hub's own client")
+_HUB_TOKEN = Refusal("a recipe holds no secrets", "set the environment variable HF_TOKEN")
+_VERBS = _use("choose the verb on the command line: ftkit train, ftkit eval")
+_RESUME = _use("go on with `ftkit train RECIPE --resume`, or name a checkpoint with --from")
+_OVERWRITE = _use("give --overwrite on the command line; the old run is moved aside")
+_REMOTE_CODE = Refusal("a recipe cannot switch on remote code", "give --trust-remote-code on the command line")
+_DETERMINISTIC = _later("leave it out; on CPU, a run with the same seed repeats bit for bit")
+_SEED = _use("set seed: it decides every random choice")
+_ATTENTION = _use("set model.attn_implementation: auto, ftkit, eager, sdpa or flash_attention_2")
+_KERNELS = Refusal("ftkit's own loss never holds all logits", "remove it")
+_TEMPLATE = _use("leave it out to use the tokenizer's own template, or set model.chat_template")
+_VOCABULARY = _later("choose a base model whose vocabulary has the tokens, or a chat template made of its own tokens")
+_TOKENIZER = _later("leave it out; the base model's own tokenizer is used")
+_TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
+_LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
+_ADAPTER_START = _later("merge the adapter with `ftkit merge` and name the result in base_model")
+_SAVED_MODULES = _later("leave it out, or train every weight with method.type: full")
+_MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
+_SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")
+_CHECKPOINTING = _use("set training.gradient_checkpointing: true or false")
+_PADDING = Refusal("there is no padding to set: rows are packed, or padded to the longest of their batch", "remove it")
+_PREPARATION = Refusal("data is prepared anew for each run, in memory", "remove it")
+_DROPPED_ROWS = _use("set data.train.N.max_samples")
+_MESSAGE_KEYS = _use("name the turns' keys role and content, or from and value; map role names with roles")
+_MIXING = _use("set data.mixing.strategy: weights, and a weight for each data set")
+
+
+def _group(refusal: Refusal, names: str) -> dict[str, Alias | Refusal]:
+    return dict.fromkeys(names.split(), refusal)
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+FOREIGN: dict[str, Alias | Refusal] = {
+    # -- the same under another name
+    "model_name_or_path": Alias("base_model"),
+    "base_model_name_or_path": Alias("base_model"),
+    "pretrained_model_name_or_path": Alias("base_model"),
+    "model_name": Alias("base_model"),
+    "model_id": Alias("base_model"),
+    "model.name_or_path": Alias("base_model"),
+    "model.model_name_or_path": Alias("base_model"),
+    "model.base_model": Alias("base_model"),
+    "model.name": Alias("base_model"),
+    "model.path": Alias("base_model"),
+    "model_revision": Alias("model.revision"),
+    "revision_of_model": Alias("model.revision"),
+    "torch_dtype": Alias("model.dtype"),
+    "chat_template_path": Alias("model.chat_template"),
+    "sequence_len": Alias("data.max_length"),
+    "cutoff_len": Alias("data.max_length"),
+    "max_seq_length": Alias("data.max_length"),
+    "max_seq_len": Alias("data.max_length"),
+    "model_max_length": Alias("data.max_length"),
+    "val_set_size": Alias("data.val_size"),
+    "sample_packing": Alias("data.packing"),
+    "neat_packing": Alias("data.packing"),
+    "train_on_inputs": Alias("data.train_on", _PROMPT_TOO),
+    "train_on_prompt": Alias("data.train_on", _PROMPT_TOO),
+    "mask_history": Alias("data.train_on", _choices({True: "last_assistant", False: "assistant"})),
+    "assistant_only_loss": Alias("data.train_on", _ANSWER_ONLY),
+    "completion_only_loss": Alias("data.train_on", _ANSWER_ONLY),
+    "enable_thinking": Alias("data.chat_template_kwargs.enable_thinking"),
+    "finetuning_type": Alias("method.type"),
+    "peft_type": Alias("method.type", _lower),
+    "adapter": Alias("method.type", _choices({None: "full"})),
+    "r": Alias("method.rank"),
+    "lora_r": Alias("method.rank"),
+    "lora_rank": Alias("method.rank"),
+    "lora_alpha": Alias("method.alpha"),
+    "lora_dropout": Alias("method.dropout"),
+    "target_modules": Alias("method.targets", _module_names),
+    "lora_target_modules": Alias("method.targets", _module_names),
+    "lora_target": Alias("method.targets", _module_names),
+    "lora_target_linear": Alias("method.targets", _choices({True: "all-linear"})),
+    "exclude_modules": Alias("method.exclude"),
+    "bottleneck_size": Alias("method.bottleneck"),
+    "num_epochs": Alias("training.num_train_epochs"),
+    "epochs": Alias("training.num_train_epochs"),
+    "lr": Alias("training.learning_rate"),
+    "lr_scheduler": Alias("training.lr_scheduler_type"),
+    "cosine_min_lr_ratio": Alias("training.min_lr_ratio"),
+    "warmup_ratio": Alias("training.warmup_steps", _share),
+    "optimizer": Alias("training.optim"),
+    "gradient_clipping": Alias("training.max_grad_norm"),
+    "activation_checkpointing": Alias("training.gradient_checkpointing"),
+    "load_best_model_at_end": Alias("training.final", _choices({True: "best", False: "last"})),
+    "effective_batch_size": Alias("training.global_batch_size"),
+    "total_batch_size": Alias("training.global_batch_size"),
+    # -- the same, inside a data set
+    "data.train.*.file_name": Alias("path"),
+    "data.train.*.hf_hub_url": Alias("path"),
+    "data.train.*.formatting": Alias("format"),
+    "data.train.*.type": Alias("format"),
+    "data.train.*.num_samples": Alias("max_samples"),
+    "data.train.*.config_name": Alias("subset"),
+    "data.train.*.field_messages": Alias("columns.messages"),
+    "data.train.*.field_instruction": Alias("columns.instruction"),
+    "data.train.*.field_input": Alias("columns.input"),
+    "data.train.*.field_output": Alias("columns.output"),
+    "data.train.*.field_system": Alias("columns.system"),
+    "data.train.*.field_tools": Alias("columns.tools"),
+    "data.train.*.field": Alias("columns.text"),
+    "data.train.*.text_column": Alias("columns.text"),
+    # -- otherwise here, inside a data set
+    "data.train.*.data_files": _use("write the file, a glob or the directory in path"),
+    "data.train.*.ds_type": _use("remove it; the file's ending tells"),
+    "data.train.*.chat_template": _use("set model.chat_template, one for the whole run"),
+    "data.train.*.trust_remote_code": Refusal("data sets run no code", "remove it"),
+    "data.train.*.train_on_eos": Refusal("the end of every trained turn is a target", "remove it"),
+    "data.train.*.roles_to_train": _use("set data.train_on: assistant, last_assistant or all"),
+    **_group(_MESSAGE_KEYS, "data.train.*.message_field_role data.train.*.message_field_content"),
+    **_group(_MESSAGE_KEYS, "data.train.*.message_property_mappings data.train.*.tags"),
+    **_group(_DROPPED_ROWS, "data.train.*.shards data.train.*.shards_idx data.train.*.sample_count"),
+    **_group(_MIXING, "data.train.*.fraction data.train.*.mixture_proportion data.train.*.probability"),
+    **_group(
+        _use("for alpaca name columns.instruction, columns.input and columns.output"),
+        "data.train.*.columns.query data.train.*.columns.response data.train.*.columns.history",
+    ),
+    # -- later versions of ftkit
+    "data.mixing.maximum": _later("cap each data set with its max_samples"),
+    "data.mixing.temperature": _later("set data.mixing.strategy: weights, and a weight for each data set"),
+    "data.train.*.templates": _later("give one template, or write the phrasings into the data"),
+    "data.train.*.rationale": _later("put the reasoning into the target"),
+    "data.train.*.clusters": _later("list the files to train on"),
+    "data.train.*.exclude_clusters": _later("list the files to train on"),
+    "data.train.*.repeat": _later("set data.mixing.strategy: weights, and a weight for each data set"),
+    "tokenizer": _TOKENIZER,
+    "master_dtype": _later("leave it out; trained weights are float32"),
+    "quantization": _QUANTIZATION,
+    "train_on_reasoning": _later("leave it out; the reasoning of a trained turn is trained on"),
+    "truncation": _later("leave it out; an example over data.max_length loses its oldest turns"),
+    "system_prompt": _later("put a system message into the rows"),
+    "deduplicate": _later("leave it out; a validation split keeps equal rows on one side"),
+    "on_bad_row": _later("leave it out; a bad row is an error that names it"),
+    "init_from": _ADAPTER_START,
+    "modules_to_save": _SAVED_MODULES,
+    "placement": _later("leave it out; adapters follow attention and feed-forward, as in the paper"),
+    "torch_compile": _later("leave it out"),
+    "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
+    "report_to": _TRACKERS,
+    "run_name": _TRACKERS,
+    "project": _TRACKERS,
+    # -- refused for now
+    "rope_scaling": _later("leave it out, or use a base model with a longer context"),
+    "label_smoothing_factor": _later("leave it out"),
+    **_group(_later("leave it out"), "neftune_noise_alpha noisy_embedding_alpha"),
+    **_group(_DETERMINISTIC, "deterministic full_determinism"),
+    **_group(_HUB, "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision"),
+    # -- otherwise here
+    **_group(_BATCH, "per_device_train_batch_size micro_batch_size gradient_accumulation_steps batch_size"),
+    **_group(_BATCH, "train_batch_size auto_find_batch_size average_tokens_across_devices"),
+    **_group(_EVAL_BATCH, "per_device_eval_batch_size eval_batch_size eval_accumulation_steps batch_eval_metrics"),
+    **_group(_PRECISION, "bf16 fp16 tf32 bfloat16 float16 float32 fp8 pure_bf16 bf16_full_eval fp16_full_eval"),
+    **_group(_PRECISION, "mixed_precision upcast_layernorm"),
+    **_group(_DATASETS, "dataset datasets dataset_name dataset_dir train_file validation_file eval_dataset"),
+    **_group(_DATASETS, "test_datasets pretraining_dataset dataset_text_field dataset_config dataset_train_split"),
+    **_group(_DATASETS, "dataset_test_split max_samples"),
+    **_group(_QUANTIZATION, "load_in_4bit load_in_8bit quantization_bit quantization_method bnb_4bit_quant_type"),
+    **_group(_QUANTIZATION, "bnb_4bit_compute_dtype use_bnb_nested_quant double_quantization gptq"),
+    **_group(_PARALLEL, "fsdp fsdp_config fsdp_version deepspeed parallelism_config"),
+    **_group(_LAUNCH, "accelerator_config local_rank world_size ddp ddp_backend ddp_timeout ddp_bucket_cap_mb"),
+    **_group(_LAUNCH, "ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph use_cpu no_cuda device_map"),
+    **_group(_LAUNCH, "log_on_each_node save_on_each_node"),
+    **_group(_LOADER, "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_in_order"),
+    **_group(_LOADER, "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context"),
+    **_group(_LOADER, "remove_unused_columns label_names shuffle_dataset shuffle_merged_datasets streaming"),
+    **_group(_LOADER, "dataset_streaming ignore_data_skip"),
+    **_group(_LENGTHS, "group_by_length train_sampling_strategy length_column_name curriculum_sampling"),
+    **_group(_EVALUATIONS, "eval_strategy evaluation_strategy evals_per_epoch eval_delay do_eval"),
+    **_group(_SAVES, "save_strategy saves_per_epoch save_only_model enable_jit_checkpoint"),
+    **_group(_LOGGING, "logging_strategy logging_first_step logging_dir log_level log_level_replica disable_tqdm"),
+    **_group(_LOGGING, "logging_nan_inf_filter include_num_input_tokens_seen plot_loss skip_memory_metrics debug"),
+    **_group(_TRACKERS, "wandb_project wandb_entity wandb_run_id wandb_name wandb_watch wandb_log_model use_wandb"),
+    **_group(_TRACKERS, "mlflow_tracking_uri mlflow_experiment_name use_tensorboard use_swanlab trackio_space_id"),
+    **_group(_TRACKERS, "trackio_bucket_id trackio_static_space_id"),
+    **_group(_HUB_TOKEN, "hub_token hf_hub_token hf_use_auth_token use_auth_token"),
+    **_group(_VERBS, "do_train do_predict predict_with_generate"),
+    **_group(_RESUME, "resume_from_checkpoint auto_resume_from_checkpoints restore_callback_states_from_checkpoint"),
+    "overwrite_output_dir": _OVERWRITE,
+    "trust_remote_code": _REMOTE_CODE,
+    "data_seed": _SEED,
+    **_group(_ATTENTION, "flash_attn flash_attention sdp_attention xformers_attention flex_attention"),
+    **_group(_ATTENTION, "eager_attention use_flash_attention_2 s2_attention shift_attn"),
+    **_group(_KERNELS, "use_liger_kernel liger_kernel_config enable_liger_kernel loss_type"),
+    **_group(_TEMPLATE, "template chat_template_jinja default_system"),
+    **_group(_VOCABULARY, "special_tokens tokens add_tokens add_special_tokens resize_vocab eos_token pad_token"),
+    **_group(_VOCABULARY, "resize_token_embeddings_to_32x"),
+    **_group(_TOKENIZER, "tokenizer_type tokenizer_config tokenizer_name tokenizer_name_or_path use_fast_tokenizer"),
+    **_group(_LORA_VARIANT, "use_dora use_rslora peft_use_dora peft_use_rslora loraplus_lr_ratio pissa_init"),
+    **_group(_LORA_VARIANT, "init_lora_weights peft_init_lora_weights loftq_config lora_bias bias rank_pattern"),
+    **_group(_LORA_VARIANT, "alpha_pattern relora layers_to_transform peft_layers_to_transform"),
+    **_group(_ADAPTER_START, "adapter_name_or_path lora_model_dir"),
+    **_group(_SAVED_MODULES, "additional_target lora_modules_to_save trainable_token_indices"),
+    **_group(_SAVED_MODULES, "unfrozen_parameters"),
+    **_group(_MODEL_LOADING, "model_init_kwargs low_cpu_mem_usage model_type is_llama_derived_model use_cache"),
+    **_group(_SUPERVISED, "stage rl pref_beta pref_loss ref_model reward_model task_type use_peft"),
+    **_group(_CHECKPOINTING, "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant"),
+    **_group(_CHECKPOINTING, "disable_gradient_checkpointing activation_offloading"),
+    **_group(_PADDING, "pad_to_sequence_len pad_to_multiple_of padding_free packing_strategy eval_packing"),
+    **_group(_PADDING, "eval_sample_packing ignore_pad_token_for_loss"),
+    **_group(_PREPARATION, "dataset_prepared_path dataset_processes dataset_num_proc dataset_kwargs tokenized_path"),
+    **_group(_PREPARATION, "overwrite_cache preprocessing_num_workers preprocessing_batch_size"),
+    **_group(_MIXING, "mix_strategy interleave_probs"),
+    **_group(_TRAINER_ONLY, "optim_args optim_target_modules lr_scheduler_kwargs torch_compile_backend"),
+    **_group(_TRAINER_ONLY, "torch_compile_mode torch_empty_cache_steps prediction_loss_only eval_do_concat_batches"),
+    **_group(_TRAINER_ONLY, "eval_use_gather_object include_for_metrics greater_is_better strict plugins"),
+    **_group(_TRAINER_ONLY, "truncation_mode router_aux_loss_coef"),
+    "reduction_factor": _use("set method.bottleneck = the model's width ÷ reduction_factor"),
+    "early_stopping_threshold": _use("set training.early_stopping_patience alone"),
+    "train_on_eos": Refusal("the end of every trained turn is a target", "remove it"),
+    "roles_to_train": _use("set data.train_on: assistant, last_assistant or all"),
+}
+"""A name -> what it means. A dotted name is looked up first (`*` stands for any number in a list, `train` for data.eval
+too); a bare name counts at the top level and in the sections model, data, method and training."""
+
+CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "model.dtype": _choices({"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}),
+    "model.attn_implementation": _choices({"fa2": "flash_attention_2"}),
+    "data.packing": _choices({True: "auto", False: "off"}),
+    "data.train.*.format": _choices(
+        {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
+    ),
+    "method.type": _choices({"houlsby": "adapter", "bottleneck": "adapter"}),
+    "method.targets": _choices({"all_linear": "all-linear"}),
+    "training.num_train_epochs": _whole,
+    "training.optim": _choices(
+        dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw")
+    ),
+    "training.lr_scheduler_type": _choices({"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}),
+}
+"""Our key -> other tools' values in our terms."""
+
+_8BIT = "write adamw; its state takes 8 bytes a trained parameter"
+LATER_VALUES: dict[str, dict[Any, str]] = {
+    "method.type": {
+        "qlora": "write lora, with model.dtype: bfloat16",
+        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "dora", "oft", "freeze"), "write lora"),
+    },
+    "data.mixing.strategy": {
+        "proportional": "write weights, and give each data set a weight",
+        "temperature": "write weights, and give each data set a weight",
+    },
+    "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),
+    "training.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, and set training.min_lr_ratio"},
+    "training.gradient_checkpointing": {int: "write true to recompute every block"},
+}
+"""Our key -> values (or a type of values) of later versions -> what to write instead."""

@@ -1,0 +1,87 @@
+"""Everything about a run that needs no weights: base, tokenizer, template, plan. What `plan` and `train` share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ftkit.console import Console, human_count, make_table
+from ftkit.data.chat import ChatTemplate, chat_template_for
+from ftkit.data.encode import Encoder
+from ftkit.data.plan import Plan, make_plan
+from ftkit.models.load import BaseModel, find_base, load_config, load_tokenizer
+from ftkit.recipe.load import LoadedRecipe
+from ftkit.recipe.schema import DataSection, Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is planned to the last step, before any weight is loaded."""
+
+    recipe: Recipe
+    base: BaseModel
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    plan: Plan
+
+    def print(self, console: Console) -> None:
+        """What the run is made of: base, mixture, steps."""
+        plan = self.plan
+        name = self.base.name + (f" at {self.base.revision[:12]}" if self.base.revision else "")
+        console.line(f"base       {name} ({self.config.model_type})")
+        table = make_table(
+            "mixture",
+            [("data set", "left"), ("rows", "right"), ("used", "right"), ("examples", "right"), ("tokens", "right"),
+             ("trained", "right"), ("truncated", "right"), ("dropped", "right")],
+        )  # fmt: skip
+        for counts in plan.counts:
+            numbers = (counts.rows, counts.rows_used, counts.examples, counts.tokens, counts.target_tokens)
+            dropped = sum(len(rows) for rows in counts.dropped.values())
+            table.add_row(counts.name, *(human_count(n) for n in (*numbers, counts.truncated, dropped)))
+        console.table(table)
+        for counts in plan.counts:
+            for why, rows in counts.dropped.items():
+                console.line(f"dropped    {counts.name}: {len(rows)} rows, {why} (rows {_first(rows)})")
+        validation = ", ".join(f"{name} {len(examples)}" for name, examples in plan.validation.items()) or "none"
+        tokens = sum(plan.examples[index].example.num_tokens for step in plan.steps for index in step)
+        console.line(f"validation {validation}")
+        console.line(
+            f"plan       {len(plan.steps)} steps of {self.recipe.training.global_batch_size} examples, "
+            f"{human_count(tokens)} tokens, {human_count(sum(plan.targets_per_step))} of them trained on"
+        )
+        for warning in plan.warnings:
+            console.warning(warning)
+
+
+def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remote_code: bool) -> Prepared:
+    """Find the base, then read, phrase, encode and deal the data.
+
+    Raises:
+        FtkitError: the base cannot be had (before any data is read), the data is bad or empty, the template is refused.
+    """
+    recipe, directory = loaded.recipe, loaded.path.parent
+    base = find_base(
+        recipe.base_model, recipe.model, base=directory, offline=offline, trust_remote_code=trust_remote_code
+    )
+    config, tokenizer = load_config(base), load_tokenizer(base)
+    template = chat_template_for(tokenizer, recipe.model, directory, recipe.data.chat_template_kwargs)
+    encoder = make_encoder(tokenizer, template, recipe.data)
+    with console.progress("reading data", total=1):
+        plan = make_plan(recipe, encoder, base=directory)
+    return Prepared(recipe, base, config, tokenizer, template, plan)
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, section: DataSection) -> Encoder:
+    """The one encoder of training, evaluation and preview."""
+    return Encoder(tokenizer, template, max_length=section.max_length, turns=section.turns, train_on=section.train_on)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill padded rows with; any will do, since padding is masked by length and never by id."""
+    candidates: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+    return next(int(token) for token in candidates if token is not None)
+
+
+def _first(rows: list[int], limit: int = 5) -> str:
+    return ", ".join(map(str, rows[:limit])) + (", ..." if len(rows) > limit else "")

@@ -1,0 +1,124 @@
+"""What training leaves behind: weights with everything that belongs to them, in a checkpoint and as the run's result."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from ftkit.console import human_bytes
+from ftkit.methods.base import Method
+from ftkit.methods.files import BaseIdentity
+from ftkit.models.files import CONFIG_NAME
+from ftkit.models.load import local_directory
+from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL
+from ftkit.training.prepare import Prepared
+from ftkit.training.state import LoopState
+
+
+@dataclass(frozen=True)
+class Result:
+    """The published weights."""
+
+    path: Path
+    text: str
+    """One line for the terminal."""
+    next_commands: tuple[str, ...]
+    """What to paste next."""
+
+
+def result_name(method: Method) -> str:
+    """Name of the directory that holds a method's weights, in a run and in its checkpoints."""
+    return MODEL if method.name == "full" else ADAPTER
+
+
+def write_weights(
+    parent: Path,
+    model: PreTrainedModel,
+    method: Method,
+    prepared: Prepared,
+    identity: BaseIdentity,
+    state: Mapping[str, Tensor],
+) -> None:
+    """Write `parent/adapter` or `parent/model`: weights, tokenizer, chat template and generation config.
+
+    Args:
+        state: `method.trained_state`, whole and on the CPU.
+    """
+    directory = parent / result_name(method)
+    directory.mkdir()
+    method.save(model, prepared.recipe.method, directory, identity, state=state)
+    prepared.template.save_to(prepared.tokenizer)
+    prepared.tokenizer.save_pretrained(directory)
+    _generation_config(prepared).save_pretrained(directory)
+
+
+def _generation_config(prepared: Prepared) -> GenerationConfig:
+    """The base's, stopping at every token that ends a trained turn: else the tuned model would not stop."""
+    base = local_directory(prepared.base, weights=False)
+    if (base / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(base, local_files_only=True)
+    else:
+        config = GenerationConfig.from_model_config(prepared.config)
+    known = config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    config.eos_token_id = list(dict.fromkeys([*prepared.template.end_of_turn_ids, *known]))
+    return config
+
+
+def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: Method) -> Result:
+    """Copy the weights of the best or the last checkpoint to RUN/adapter or RUN/model, under a temporary name first.
+
+    A full model is cast from its float32 masters to the precision that the base is stored in.
+    """
+    final = prepared.recipe.training.final
+    step = state.best_step if final == "best" and state.best_step is not None else state.step
+    source = run / CHECKPOINTS / f"step-{step:08d}" / result_name(method)
+    target = run / result_name(method)
+    staging = run / f".staging-{result_name(method)}"
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    if method.name == "full":
+        _cast_model(staging, _stored_dtype(prepared))
+    if target.exists():
+        # Only a run that was interrupted between this rename and its end has one already.
+        shutil.rmtree(target)
+    staging.rename(target)
+    which = "the last step"
+    if state.best_step == step:
+        which = f"the best evaluation (step {step}, loss {state.best_metric:.4f})"
+    size = human_bytes(sum(path.stat().st_size for path in target.glob("*.safetensors")))
+    commands = [f"ftkit eval {run}"]
+    if method.merge_refusal is None:
+        commands += [f"ftkit merge {run}"]
+    commands += [f"ftkit export {run} --format {'hf' if method.name == 'full' else 'adapter'}"]
+    return Result(target, f"{target} holds the weights of {which}, {size}", tuple(commands))
+
+
+def _stored_dtype(prepared: Prepared) -> torch.dtype:
+    dtype = prepared.config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _cast_model(directory: Path, dtype: torch.dtype) -> None:
+    """Rewrite the safetensors files of a model directory in `dtype`, one file in memory at a time."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        save_file(cast, path, metadata=metadata)
+    config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        values = json.loads(index.read_text(encoding="utf-8"))
+        values.get("metadata", {}).pop("total_size", None)
+        index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,257 @@
+import hashlib
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ftkit.commands.train import train
+from ftkit.errors import NonFiniteError, UserError
+from ftkit.recipe.load import load_recipe
+from tests.tiny_runs import METHODS, cli_command, cli_environment, losses, read_metrics, run_cli, write_recipe
+
+
+def sha(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights(run, method):
+    return run / ("model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """(recipe path, directory of its runs), with the working directory moved away from the project."""
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path), tmp_path / "runs"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_learns_and_leaves_its_directory(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, method=method, max_steps=30, eval_steps=10)
+    train(recipe, [])
+    run = tmp_path / "runs" / "recipe-1"
+    values = losses(run)
+    assert sum(values[-5:]) < 0.9 * sum(values[:5])
+    names = {path.name for path in run.iterdir()}
+    result = "model" if method == "full" else "adapter"
+    assert names == {
+        "recipe.yaml", "environment.json", "metrics.jsonl", "train.log", "validation.json", "checkpoints", result,
+    }  # fmt: skip
+    line = read_metrics(run, timing=True)[1]
+    assert set(line) == {
+        "step", "epoch", "loss", "loss_by_dataset", "learning_rate", "grad_norm", "tokens", "target_tokens", "timing",
+    }  # fmt: skip
+    assert line["loss_by_dataset"] == {"rows": line["loss"]}
+    evaluations = [line for line in read_metrics(run) if line.get("event") == "eval"]
+    assert [line["step"] for line in evaluations] == [0, 10, 20, 30]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert (run / result / "chat_template.jinja").exists()
+    assert json.loads((run / result / "generation_config.json").read_text())["eos_token_id"] == [258]
+
+
+def test_the_same_recipe_gives_the_same_bytes_and_its_resolved_form_too(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    train(recipe, [])
+    train(runs / "recipe-1" / "recipe.yaml", [])
+    assert {path.name for path in runs.iterdir()} == {"recipe-1", "recipe-2", "recipe-3"}
+    for other in ("recipe-2", "recipe-3"):
+        assert sha(weights(runs / other, "lora")) == sha(weights(runs / "recipe-1", "lora"))
+        assert read_metrics(runs / other) == read_metrics(runs / "recipe-1")
+
+
+def test_another_seed_gives_another_run(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    train(recipe, ["seed=1"])
+    assert losses(runs / "recipe-1") != losses(runs / "recipe-2")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_budget_and_packing_do_not_change_the_losses(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, method=method)
+    for overrides in (
+        [],
+        ["training.max_tokens_per_device=128"],
+        ["data.packing=off"],
+        ["training.gradient_checkpointing=true"],
+    ):
+        train(recipe, overrides)
+    expected, *others = [losses(tmp_path / "runs" / f"recipe-{n}") for n in (1, 2, 3, 4)]
+    for values in others:
+        # float32: the order of additions differs, and six steps carry the difference on.
+        assert values == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, method):
+    recipe = write_recipe(tmp_path, method=method, eval_steps=1)
+    if method == "lora":
+        recipe.write_text(recipe.read_text().replace("rank: 4", "rank: 4\n  dropout: 0.1"))
+    assert run_cli("train", recipe, cwd=tmp_path).returncode == 0
+    runs = tmp_path / "runs"
+    process = subprocess.Popen(
+        cli_command("train", recipe), cwd=tmp_path, env=cli_environment(), stdout=subprocess.DEVNULL
+    )
+    while not (runs / "recipe-2" / "checkpoints" / "step-00000003").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not weights(runs / "recipe-2", method).exists()
+    again = run_cli("train", recipe, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "going on with" in again.stdout
+    assert sha(weights(runs / "recipe-2", method)) == sha(weights(runs / "recipe-1", method))
+    assert read_metrics(runs / "recipe-2") == read_metrics(runs / "recipe-1")
+    finished = run_cli("train", recipe, "--resume", cwd=tmp_path)
+    assert finished.returncode == 0
+    assert "finished already" in finished.stdout
+    assert len(list(runs.iterdir())) == 2
+
+
+def test_from_a_checkpoint_the_later_ones_are_set_aside(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    run = runs / "recipe-1"
+    before, metrics = sha(weights(run, "lora")), read_metrics(run)
+    train(recipe, [], checkpoint=run / "checkpoints" / "step-00000003")
+    assert sha(weights(run, "lora")) == before
+    assert read_metrics(run) == metrics
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "step-00000003", "step-00000006", "step-00000006.old-1",
+    }  # fmt: skip
+
+
+def test_changed_data_is_not_resumed(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    rows = recipe.parent / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("Say", "Tell"))
+    with pytest.raises(UserError, match="not the one"):
+        train(recipe, [], checkpoint=runs / "recipe-1" / "checkpoints" / "step-00000003")
+
+
+def test_a_taken_directory_is_refused_and_untouched_or_moved_aside(tiny):
+    recipe, runs = tiny
+    overrides = [f"output_dir={runs / 'mine'}"]
+    train(recipe, overrides)
+    before = sha(weights(runs / "mine", "lora"))
+    with pytest.raises(UserError, match="already holds a run"):
+        train(recipe, [*overrides, "seed=1"])
+    assert sha(weights(runs / "mine", "lora")) == before
+    train(recipe, [*overrides, "seed=1"], overwrite=True)
+    assert sha(weights(runs / "mine.old-1", "lora")) == before
+    assert sha(weights(runs / "mine", "lora")) != before
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tiny):
+    recipe, runs = tiny
+    with pytest.raises(NonFiniteError, match=r"step \d+ is not finite \(rows rows:"):
+        train(recipe, ["training.learning_rate=1e30", "training.max_grad_norm=null", "training.eval_steps=1"])
+    saved = sorted((runs / "recipe-1" / "checkpoints").glob("step-*"))
+    for path in saved:
+        tensors = load_file(path / "adapter" / "adapter_model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert not (runs / "recipe-1" / "adapter").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_tells_in_the_exit_code(tmp_path, number, code):
+    recipe = write_recipe(tmp_path, max_steps=100000, eval_steps=50000, save_steps=50000, rows=40)
+    process = subprocess.Popen(
+        cli_command("train", recipe),
+        cwd=tmp_path,
+        env=cli_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = tmp_path / "runs" / "recipe-1"
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert stderr.startswith("ftkit: error: interrupted; step")
+    assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def test_early_stopping_and_the_best_checkpoint(tiny):
+    recipe, runs = tiny
+    # A huge rate makes every evaluation worse than the first.
+    train(
+        recipe,
+        [
+            "training.learning_rate=3.0",
+            "training.max_steps=60",
+            "training.early_stopping_patience=2",
+            "training.eval_steps=3",
+        ],
+    )
+    run = runs / "recipe-1"
+    steps = [line["step"] for line in read_metrics(run)]
+    assert max(steps) < 60
+    evaluations = {
+        line["step"]: line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line and line["step"]
+    }
+    best = min(evaluations, key=evaluations.get)
+    assert sha(weights(run, "lora")) == sha(
+        run / "checkpoints" / f"step-{best:08d}" / "adapter" / "adapter_model.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.targets=[nothing]"], "method.targets"),
+        (["base_model=./missing"], "no such model"),
+        (["data.train.0.path=missing.jsonl"], "missing.jsonl"),
+        (["data.train.0.path=empty.jsonl"], "empty"),
+        (["training.learning_rate=fast"], "training.learning_rate"),
+        (["method.type=magic"], "method"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tiny, overrides, message):
+    recipe, runs = tiny
+    (recipe.parent / "empty.jsonl").touch()
+    result = run_cli("train", recipe, *overrides, cwd=recipe.parent)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("ftkit: error: ")
+    assert message in result.stderr
+    assert "; " in result.stderr
+    assert not list(runs.glob("*/checkpoints"))
+
+
+def test_a_full_model_is_stored_in_the_precision_of_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, method="full")
+    base = tmp_path / "base-llama"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    train(recipe, [])
+    run = tmp_path / "runs" / "recipe-1"
+    assert {t.dtype for t in load_file(weights(run, "full")).values()} == {torch.bfloat16}
+    masters = load_file(run / "checkpoints" / "step-00000006" / "model" / "model.safetensors")
+    assert {t.dtype for t in masters.values()} == {torch.float32}
+    loaded = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert loaded.dtype == torch.bfloat16
+
+
+def test_the_resolved_recipe_is_complete(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    resolved = load_recipe(runs / "recipe-1" / "recipe.yaml").recipe
+    assert resolved.training.adam_beta2 == 0.999
+    assert resolved.base_model == str(recipe.parent / "base-llama")
+    assert resolved.output_dir.endswith("recipe-{n}")

@@ -1,0 +1,271 @@
+"""What every method must keep, on every architecture that ftkit promises."""
+
+import hashlib
+from typing import get_args
+
+import pytest
+import torch
+
+from ftkit.errors import UserError
+from ftkit.methods.base import report
+from ftkit.methods.files import BaseIdentity
+from ftkit.methods.table import METHODS
+from ftkit.models.architecture import linear_modules, linear_shape, norm_modules
+from ftkit.recipe.schema import Method
+from tests.methods.cases import CASES, SECTIONS, applied, loss, logits, method_of, perturb, trained
+from tests.tiny_models import CONFIGS, tiny_model
+
+IDENTITY = BaseIdentity("org/base", "abc", "sha256:0")
+WIDTH, LAYERS, BOTTLENECK = 32, 2, 6
+
+every_case = pytest.mark.parametrize(("architecture", "case"), CASES)
+every_section = pytest.mark.parametrize("case", SECTIONS)
+
+
+def test_the_table_and_the_schema_know_the_same_methods():
+    union, _ = get_args(Method)
+    names = {get_args(section.model_fields["type"].annotation)[0] for section in get_args(union)}
+    assert set(METHODS) == names
+    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
+
+
+def test_the_cases_cover_the_table():
+    assert {section.type for section in SECTIONS.values()} == set(METHODS)
+
+
+@every_case
+def test_starts_as_the_base(architecture, case):
+    before = logits(tiny_model(architecture))
+    after = logits(applied(architecture, case))
+    # Full and bottleneck adapters are exact; LoRA multiplies rows as a matrix, where a BLAS may round otherwise.
+    tolerance = 1e-6 * before.abs().max() if case == "lora" else 0.0
+    assert (after - before).abs().max() <= tolerance
+
+
+@every_case
+def test_only_what_is_meant_trains_and_gets_a_gradient(architecture, case):
+    model = applied(architecture, case)
+    base = {name for name, _ in tiny_model(architecture).named_parameters()}
+    norms = {f"{path}.{name}" for path, norm in norm_modules(model).items() for name, _ in norm.named_parameters()}
+    expected = {
+        "full": base,
+        "lora": {name for name, _ in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))},
+        "adapter": {name for name, _ in model.named_parameters() if ".adapter." in name},
+    }
+    expected["adapter-norms"] = expected["adapter"] | norms
+    assert set(trained(model)) == expected[case]
+    assert all(parameter.dtype == torch.float32 for parameter in trained(model).values())
+
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.1)
+    loss(model).backward()
+    # B = 0 leaves A without a gradient in the first step, and `up` = 0 does so to `down`.
+    optimizer.step()
+    optimizer.zero_grad()
+    loss(model).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.count_nonzero() > 0, name
+        else:
+            assert parameter.grad is None, name
+            assert torch.equal(parameter, frozen[name]), name
+
+
+@every_case
+def test_saved_and_loaded_gives_equal_bits(architecture, case, tmp_path):
+    model, method = applied(architecture, case), method_of(case)
+    perturb(model)
+    method.save(model, SECTIONS[case], tmp_path, IDENTITY)
+    fresh = tiny_model(architecture)
+    section = method.load(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(model))
+    assert not torch.equal(logits(fresh), logits(tiny_model(architecture)))
+    assert set(trained(fresh)) == set(trained(model))
+    assert section.type == SECTIONS[case].type
+
+
+@every_case
+def test_state_goes_into_another_model(architecture, case):
+    source, target, method = applied(architecture, case), applied(architecture, case, seed=2), method_of(case)
+    perturb(source)
+    method.load_state(target, method.trained_state(source))
+    assert torch.equal(logits(source), logits(target))
+
+
+@every_section
+def test_same_weights_same_bytes(case, tmp_path):
+    hashes = []
+    for run in ("a", "b"):
+        model = applied("llama", case)
+        perturb(model)
+        method_of(case).save(model, SECTIONS[case], tmp_path / run, IDENTITY)
+        (weights,) = (tmp_path / run).glob("*.safetensors")
+        hashes.append(hashlib.sha256(weights.read_bytes()).hexdigest())
+    assert hashes[0] == hashes[1]
+
+
+@every_section
+def test_start_follows_from_the_seed_alone(case):
+    def state(seed, *, draws=0):
+        torch.rand(draws)
+        return method_of(case).trained_state(applied("llama", case, seed=seed))
+
+    first, before = state(1), torch.get_rng_state()
+    again, other = state(1, draws=3), state(2)
+    torch.rand(3)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in first.items()) == (case == "full")
+    torch.set_rng_state(before)
+    model = tiny_model("llama")
+    method_of(case).apply(model, SECTIONS[case], seed=5)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was drawn from"
+
+
+@every_section
+def test_modules_start_differently(case):
+    state = method_of(case).trained_state(applied("llama", case))
+    starts = [tensor for name, tensor in state.items() if name.endswith(("lora_A.weight", "adapter.down.weight"))]
+    assert len({tensor.flatten()[0].item() for tensor in starts}) == len(starts)
+
+
+@every_section
+def test_a_state_that_does_not_fit_is_refused_by_name(case):
+    method, model = method_of(case), applied("llama", case)
+    state = method.trained_state(model)
+    first, second, *_ = state
+    broken = {name: tensor for name, tensor in state.items() if name != first}
+    broken |= {"model.unknown": torch.zeros(1), second: torch.zeros(3)}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    with pytest.raises(UserError) as caught:
+        method.load_state(model, broken)
+    assert [problem.what for problem in caught.value.problems] == [
+        f"the saved weights lack: {first}",
+        "the saved weights do not fit this model: model.unknown",
+        f"the saved weights have another shape: {second} [3] in place of {list(state[second].shape)}",
+    ]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in method.trained_state(model).items())
+
+
+@every_section
+def test_every_tensor_is_gathered(case):
+    model, seen = applied("llama", case), []
+
+    def gather(tensor):
+        assert not tensor.requires_grad
+        seen.append(tensor)
+        return tensor + 1
+
+    plain, whole = method_of(case).trained_state(model), method_of(case).trained_state(model, gather=gather)
+    assert len(seen) == len(whole)
+    assert all(torch.equal(plain[name] + 1, tensor) for name, tensor in whole.items())
+
+
+@every_section
+def test_a_given_state_is_what_is_saved(case, tmp_path):
+    """Under fully_shard the model holds shards: the gathered state must be written, not the model's."""
+    method, model, other = method_of(case), applied("llama", case), applied("llama", case)
+    perturb(other)
+    method.save(model, SECTIONS[case], tmp_path, IDENTITY, state=method.trained_state(other))
+    fresh = tiny_model("llama")
+    method.load(fresh, tmp_path)
+    assert torch.equal(logits(fresh), logits(other))
+
+
+@every_case
+def test_checkpointing_changes_no_bit(architecture, case):
+    gradients = []
+    for checkpointing in (False, True):
+        model = applied(architecture, case).train()
+        perturb(model)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        loss(model).backward()
+        gradients.append({name: parameter.grad for name, parameter in trained(model).items()})
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
+@every_case
+def test_the_base_is_there_while_disabled(architecture, case):
+    method, model = method_of(case), applied(architecture, case)
+    perturb(model)
+    tuned = logits(model)
+    if not method.keeps_base(SECTIONS[case]):
+        assert case in ("full", "adapter-norms")
+        return
+    base = logits(tiny_model(architecture))
+    with method.disabled(model):
+        inside = logits(model)
+    # LoRA again multiplies rows as a matrix.
+    assert (inside - base).abs().max() <= (1e-6 * base.abs().max() if case == "lora" else 0.0)
+    with pytest.raises(RuntimeError), method.disabled(model):
+        raise RuntimeError
+    assert torch.equal(logits(model), tuned)
+
+
+@every_case
+def test_merging_equals_the_adapted_model(architecture, case):
+    method, model = method_of(case), applied(architecture, case)
+    if method.merge_refusal is not None:
+        with pytest.raises(AssertionError):
+            list(method.deltas(model, method.trained_state(model), SECTIONS[case]))
+        return
+    perturb(model)
+    merged, changed = tiny_model(architecture), set()
+    parameters = dict(merged.named_parameters())
+    with torch.no_grad():
+        for name, delta in method.deltas(merged, method.trained_state(model), SECTIONS[case]):
+            assert torch.equal(delta(), delta())
+            assert delta().dtype == torch.float32
+            parameters[name].add_(delta())
+            changed.add(name)
+    assert changed == {f"{path}.weight" for path in linear_modules(merged)}
+    adapted = logits(model)
+    assert (logits(merged) - adapted).abs().max() <= 1e-5
+
+
+@every_case
+def test_report_counts(architecture, case):
+    base = report(tiny_model(architecture)).total_parameters
+    norms = sum(p.numel() for norm in norm_modules(tiny_model(architecture)).values() for p in norm.parameters())
+    shapes = [linear_shape(layer) for layer in linear_modules(tiny_model(architecture)).values()]
+    # Two adapters a block of 2md + d + m parameters.
+    adapters = 2 * LAYERS * (2 * BOTTLENECK * WIDTH + WIDTH + BOTTLENECK)
+    inserted = {"full": 0, "lora": sum(4 * (i + o) for i, o in shapes), "adapter": adapters, "adapter-norms": adapters}
+    trains = inserted | {"full": base, "adapter-norms": adapters + norms}
+    result = report(applied(architecture, case))
+    assert result.trainable_parameters == trains[case]
+    assert result.total_parameters == base + inserted[case]
+    assert result.share == trains[case] / (base + inserted[case])
+    assert result.saved_bytes == 4 * trains[case]
+
+
+def test_report_tells_precisions_apart():
+    model = tiny_model("llama").bfloat16()
+    METHODS["lora"].apply(model, SECTIONS["lora"], seed=0)
+    trained_part, frozen_part = report(model).precision
+    assert (trained_part.dtype, trained_part.trained) == (torch.float32, True)
+    assert (frozen_part.dtype, frozen_part.trained) == (torch.bfloat16, False)
+    assert trained_part.parameters + frozen_part.parameters == report(model).total_parameters
+
+
+@every_section
+def test_the_saved_size_is_nearly_that_of_the_file(case, tmp_path):
+    model = applied("llama", case)
+    method_of(case).save(model, SECTIONS[case], tmp_path, IDENTITY)
+    (weights,) = tmp_path.glob("*.safetensors")
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    assert weights.stat().st_size - header == report(model).saved_bytes
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@every_section
+def test_masters_of_a_bfloat16_base_are_float32(architecture, case):
+    model = tiny_model(architecture).bfloat16()
+    names = {name for name, _ in model.named_parameters()}
+    method_of(case).apply(model, SECTIONS[case], seed=0)
+    for name, parameter in model.named_parameters():
+        trains = parameter.requires_grad
+        assert parameter.dtype == (torch.float32 if trains else torch.bfloat16), name
+        assert trains or name in names

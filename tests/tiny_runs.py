@@ -1,0 +1,88 @@
+"""A whole run small enough for a test: a tiny model on disk, a few rows, a recipe."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.tiny_models import save_tiny
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"type": "lora", "rank": 4, "alpha": 8},
+    "full": {"type": "full"},
+    "adapter": {"type": "adapter", "bottleneck": 8},
+}
+
+
+def write_rows(path: Path, count: int = 40, seed: int = 0) -> Path:
+    """Rows in alpaca's form whose answer follows from the instruction, so that a tiny model can learn it."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        word = "".join(generator.choices("abcdefgh", k=generator.randint(2, 12)))
+        rows.append({"instruction": f"Say {word}.", "input": "", "output": word[:3]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_recipe(
+    directory: Path, *, method: str = "lora", architecture: str = "llama", rows: int = 40, **training: Any
+) -> Path:
+    """A recipe with its model and data in `directory`; float32, 6 steps of 4 examples, evaluation every 3."""
+    model = directory / f"base-{architecture}"
+    if not model.exists():
+        save_tiny(model, architecture)
+    write_rows(directory / "rows.jsonl", rows)
+    recipe = {
+        "base_model": model.name,
+        "model": {"dtype": "float32"},
+        "data": {"train": [{"path": "rows.jsonl"}], "val_size": 4, "max_length": 128},
+        "method": METHODS[method],
+        "training": {
+            "max_steps": 6,
+            "global_batch_size": 4,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "eval_steps": 3,
+            "max_tokens_per_device": 256,
+            **training,
+        },
+        "output_dir": str(directory / "runs" / "{name}-{n}"),
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def run_cli(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python -m ftkit ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        cli_command(*arguments), cwd=cwd, env=cli_environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def cli_command(*arguments: str | Path) -> list[str]:
+    """The command line of `ftkit ARGUMENTS`."""
+    return [sys.executable, "-m", "ftkit", *map(str, arguments)]
+
+
+def cli_environment() -> dict[str, str]:
+    """This environment, with the package importable from anywhere and without a hub."""
+    root = str(Path(__file__).parent.parent)
+    return os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def read_metrics(run: Path, *, timing: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without what differs from run to run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return lines if timing else [{k: v for k, v in line.items() if k != "timing"} for line in lines]
+
+
+def losses(run: Path) -> list[float]:
+    """The training losses of the logged steps."""
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
