@@ -6,6 +6,8 @@ PYTHON ?= python3
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# The recipe of `make bench`; it names a local model or one of the hub.
+RECIPE ?= recipes/lora.yaml
 # Arguments for pytest, e.g. `make test ARGS="tests/recipe -x"`.
 ARGS ?=
 
@@ -42,8 +44,8 @@ test: install-dev  ## The tests, slow ones left out
 test-all: install-dev  ## All tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: install-dev  ## Measure speed and memory
-	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run.sh
+bench: install-dev  ## Compare with peft, loss by loss: make bench RECIPE=recipes/lora.yaml
+	$(BIN)/python benchmarks/peft_parity.py $(RECIPE) $(ARGS)
 
 # torch comes first and alone: the other packages' requirements would bring in whatever build PyPI prefers.
 $(VENV)/.torch:

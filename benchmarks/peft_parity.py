@@ -69,7 +69,7 @@ def peft_losses(recipe: Path, overrides: list[str]) -> list[float]:
             torch.nn.utils.clip_grad_norm_(trained, training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

@@ -8,8 +8,9 @@ traceback means a bug.
 import errno
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
@@ -38,14 +39,11 @@ LATER_OPTIONS = {
 }
 """Options of later versions -> what to do until then."""
 
-LATER_FORMATS = {"gguf": "export hf and convert it with llama.cpp", "onnx": "export hf and convert it with optimum"}
 TYPER_WORDS = {
     "Input should be a valid integer, unable to parse string as an integer": "expected a whole number",
     "Input should be greater than or equal to": "expected a number of at least",
     "Got unexpected extra argument(s)": "Too many arguments:",
 }
-FORMATS = ("hf", "adapter")
-DTYPES = ("float32", "bfloat16", "float16")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
@@ -69,17 +67,6 @@ class Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _one_of(option: str, known: Sequence[str], later: dict[str, str]) -> Callable[[str | None], str | None]:
-    def check(value: str | None) -> str | None:
-        if value in later:
-            raise UserError(f"{option} {value} is not in this version", how=later[value])
-        if value is not None and value not in known:
-            raise UserError(f"{option} {value} is unknown", how=f"choose one of {', '.join(known)}")
-        return value
-
-    return check
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ftkit {metadata.version('ftkit')}")
@@ -91,6 +78,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set instead, e.g. training.learning_rate=1e-4."),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Move a directory that is in the way to NAME.old-1.")]
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use cached files only, no network.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's repository.")
@@ -98,9 +89,7 @@ RemoteCode = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        metavar="|".join(DTYPES),
-        help="Precision of the written weights; default as the base stores them.",
-        callback=_one_of("--dtype", DTYPES, {}),
+        metavar="float32|bfloat16|float16", help="Precision of the written weights; default as the base stores them."
     ),
 ]
 
@@ -134,9 +123,7 @@ def train(
     checkpoint: Annotated[
         Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on from this checkpoint.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Move a run that is in the way to NAME.old-1.")
-    ] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan the run, like `ftkit plan`.")] = False,
     offline: Offline = False,
     num_processes: Annotated[
@@ -191,9 +178,7 @@ def merge(
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Default RUN/merged.")] = None,
     dtype: Dtype = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Move a directory that is in the way to NAME.old-1.")
-    ] = False,
+    overwrite: Overwrite = False,
     offline: Offline = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -213,9 +198,7 @@ def merge(
 
 @app.command(name="eval")
 def evaluate(
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
-    ],
+    target: Target,
     suite: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Tasks to measure; default the run's validation rows.")
     ] = None,
@@ -245,26 +228,29 @@ def evaluate(
 
 @app.command()
 def export(
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
-    ],
+    target: Target,
     format: Annotated[
         str,
-        typer.Option(
-            metavar="|".join(FORMATS),
-            help="hf: a directory for transformers and servers. adapter: peft's files.",
-            callback=_one_of("--format", FORMATS, LATER_FORMATS),
-        ),
+        typer.Option(metavar="FORMAT", help="hf: a directory for transformers and servers; adapter: peft's files."),
     ],
     output: Annotated[Path | None, typer.Option(metavar="PATH", help="Default RUN/export.")] = None,
     dtype: Dtype = None,
+    overwrite: Overwrite = False,
     offline: Offline = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Write a model in the form that other tools read."""
     from ftkit.commands.export import export as command
 
-    command(target, format=format, output=output, dtype=dtype, offline=offline, trust_remote_code=trust_remote_code)
+    command(
+        target,
+        format=format,
+        output=output,
+        dtype=dtype,
+        overwrite=overwrite,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()
@@ -290,17 +276,19 @@ def run(arguments: Sequence[str]) -> int:
     except typer.TyperException as error:
         return _fail(_usage_error(error, arguments))
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of our output has gone; a second attempt to flush at exit would print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return _reader_gone()
+    except SystemExit as end:  # What typer makes of a broken pipe.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return _reader_gone()
     except (OSError, MemoryError, RuntimeError) as error:
         known = _known_failure(error)
         if known is None:
             raise
         return _fail(known)
-    if code == 130:
+    if code == 128 + signal.SIGINT:
         return _fail(_interrupted())
     return int(code or 0)
 
@@ -311,9 +299,16 @@ def _fail(error: FtkitError) -> int:
     return error.exit_code
 
 
+def _reader_gone() -> int:
+    """`ftkit schema | head -1`: end like any other program in a pipe, quietly."""
+    # A second attempt to flush at exit would print a traceback.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
 def _interrupted() -> FtkitError:
     error = FtkitError("interrupted")
-    error.exit_code = 130
+    error.exit_code = 128 + signal.SIGINT
     return error
 
 

@@ -1,15 +1,15 @@
 """What the terminal and train.log show: lines, tables, progress.
 
-Everything a verb says goes to standard output through one `Console`; errors are printed by the command line, on standard
-error. Once a run's train.log is open, the same text goes there, every line prefixed with its rank.
+Everything a verb says goes to standard output through one `Console`; errors are printed by the command line, on
+standard error. Once a run's train.log is open, the same text goes there, every line prefixed with its rank.
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -60,7 +60,7 @@ class Console:
         """From here on write to `path` too, appending; every line gets the rank's prefix."""
         self.close_log()
         self._log_stream = _PrefixedFile(path, f"[rank {rank}] ")
-        self._log = RichConsole(file=self._log_stream, width=WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=True)
+        self._log = RichConsole(file=cast(TextIO, self._log_stream), width=WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=True)
 
     def close_log(self) -> None:
         """Stop writing to train.log."""
@@ -102,8 +102,13 @@ class ProgressBar:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=completed, status=status)  # type: ignore[arg-type]
 
+    def show(self, description: str, completed: int, total: int) -> None:
+        """Show another task, and how far it is; cheap enough to be called for every row."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=description, completed=completed, total=total)  # type: ignore[arg-type]
 
-class _PrefixedFile:
+
+class _PrefixedFile(io.TextIOBase):
     """A text file whose every line starts with a prefix; flushed at each line so that a killed run keeps its log."""
 
     def __init__(self, path: Path, prefix: str) -> None:
@@ -125,14 +130,6 @@ class _PrefixedFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> "_PrefixedFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def make_table(title: str, columns: list[tuple[str, str]]) -> Table:

@@ -4,6 +4,7 @@ One process or many look alike from outside: `World.sum` of one process is the v
 `launch.py`'s part.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,11 +34,15 @@ class World:
     def __init__(self) -> None:
         # No mixed precision of accelerate's: ftkit casts where weights are used (models/precision.py), autocast would
         # cast a second time. Its accumulation stays at 1, since `backward` divides by it.
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
         self._accelerator = Accelerator(
+            # Without being told so, accelerate would take several processes on a CPU for that many runs.
+            cpu=processes > 1 and not torch.cuda.is_available(),
             mixed_precision="no",
             gradient_accumulation_steps=1,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
+        assert self.size == processes, f"{self.size} processes where {processes} were started"
 
     @property
     def rank(self) -> int:

@@ -6,6 +6,7 @@ A traceback means a bug in ftkit; everything else is an `FtkitError`, printed by
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Self
 
 KeyPath = tuple[str | int, ...]
 """Path of a key in a recipe or suite, e.g. ("data", "train", 0, "path")."""
@@ -43,7 +44,7 @@ class FtkitError(Exception):
         super().__init__(str(self.problems[0]))
 
     @classmethod
-    def of(cls, problems: Iterable[Problem]) -> "FtkitError":
+    def of(cls, problems: Iterable[Problem]) -> Self:
         """One error that reports several problems, a line each."""
         problems = tuple(problems)
         assert problems, "an error needs a problem"
@@ -52,7 +53,7 @@ class FtkitError(Exception):
         error.args = ("\n".join(str(problem) for problem in problems),)
         return error
 
-    def located(self, where: dict[KeyPath, str]) -> "FtkitError":
+    def located(self, where: dict[KeyPath, str]) -> Self:
         """The same error with `where` filled in for problems that name only a key (nearest marked ancestor)."""
         return type(self).of(replace(p, where=p.where or _nearest(p.key, where)) for p in self.problems)
 

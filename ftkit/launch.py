@@ -51,7 +51,10 @@ def visible_gpus() -> int:
 
 
 def read_launch_config(path: Path) -> LaunchPlan:
-    """An accelerate configuration file: only where to run is read from it, how to split is `training.parallel`'s say."""
+    """An accelerate configuration file; only where to run is read from it.
+
+    How to split the work is `training.parallel`'s say.
+    """
     from ftkit.recipe.marked_yaml import read_yaml
 
     values, marks = read_yaml(path)

@@ -82,8 +82,8 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
             raise UserError(
                 f"{path} {kind}",
                 key=("output_dir",),
-                how="go on with --resume, move it aside with --overwrite, or choose another output_dir (runs/{name}-{n} is"
-                " always free)",
+                how="go on with --resume, move it aside with --overwrite, or choose another output_dir "
+                "(runs/{name}-{n} is always free)",
             )
         move_aside(path)
     path.mkdir(parents=True, exist_ok=True)

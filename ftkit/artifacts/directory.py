@@ -39,8 +39,8 @@ LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """A directory to write into, which becomes `output` at the end, whole or not at all.
 
-    An `output` that exists is moved to `NAME.old-1` where `overwrite` says so. Where a check fails (`CheckFailedError`),
-    what was written is kept as `NAME.rejected`; after any other error nothing is left.
+    An `output` that exists is moved to `NAME.old-1` where `overwrite` says so. Where a check fails, what was written is
+    kept as `NAME.rejected`; after any other error nothing is left.
 
     Raises:
         UserError: `output` exists and is not empty.
@@ -63,6 +63,10 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
             content.rename(rejected)
             kept = [replace(problem, what=f"{problem.what} (kept as {rejected})") for problem in error.problems]
             raise CheckFailedError.of(kept) from None
+        for path in content.iterdir():
+            if path.is_file():
+                # safetensors writes files that only their owner may read, whatever the umask.
+                path.chmod(content.stat().st_mode & 0o666)
         _make_way(output)
         content.rename(output)
     except (OSError, SafetensorError) as error:

@@ -51,7 +51,7 @@ class MergeReport:
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
-    """ADAPTER[:WEIGHT]: "runs/a:0.5" -> ("runs/a", 0.5). The weight is what follows the last colon if it is a number."""
+    """ "runs/a:0.5" -> ("runs/a", 0.5); the weight is what follows the last colon if it is a number."""
     match = _WEIGHT.fullmatch(text)
     if match is None or Path(text).exists():
         return text, 1.0

@@ -67,8 +67,8 @@ def evaluate(
     for note in report.notes:
         console.line(f"note: {note}")
     console.line(
-        f"computed in {str(dtype).removeprefix('torch.')} ({reason}); {human_count(report.usage.tokens_run)} tokens read, "
-        f"{human_count(report.usage.tokens_generated)} generated"
+        f"computed in {str(dtype).removeprefix('torch.')} ({reason}); {human_count(report.usage.tokens_run)} tokens "
+        f"read, {human_count(report.usage.tokens_generated)} generated"
     )
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,8 @@ def merge(
     relative = report.max_abs_logit_difference / report.max_abs_logit
     console.line(f"merged     {report.tensors_changed} weights of {target.model.name}, all others copied bit for bit")
     console.line(
-        f"proof      float32 logits differ by {report.max_abs_logit_difference:.2e} at most, {relative:.1e} of the largest"
+        f"proof      float32 logits differ by {report.max_abs_logit_difference:.2e} at most, "
+        f"{relative:.1e} of the largest"
     )
     cast = report.cast
     console.line(

@@ -144,23 +144,25 @@ class Start:
 def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, console: Console) -> Start:
     """A new directory, or the one to go on in."""
     from ftkit.runs import CHECKPOINTS, new_run_directory, newest_run_of
-    from ftkit.training.checkpoint import newest_verified, read_checkpoint, set_aside_later
+    from ftkit.training.checkpoint import Checkpoint, newest_verified, read_checkpoint, set_aside_later
 
     recipe, name = prepared.recipe, loaded.path.stem
-    checkpoint = None
+    checkpoint: Checkpoint | None = None
     if options.checkpoint is not None:
         checkpoint = read_checkpoint(options.checkpoint)
         run = checkpoint.path.resolve().parent.parent
-        set_aside_later(checkpoint)
-    elif options.resume and (run := newest_run_of(resolve(loaded), recipe.output_dir, name=name)) is not None:
+    else:
+        found = newest_run_of(resolve(loaded), recipe.output_dir, name=name) if options.resume else None
+        if found is None:
+            if options.resume:
+                console.line("no run of this recipe to go on with: starting at step 0")
+            return Start(
+                new_run_directory(recipe.output_dir, name=name, method=recipe.method.type, overwrite=options.overwrite)
+            )
+        run = found
         if _finished(run):
             return Start(run, finished=True)
         checkpoint = newest_verified(run / CHECKPOINTS, console.warning)
-    else:
-        run = new_run_directory(recipe.output_dir, name=name, method=recipe.method.type, overwrite=options.overwrite)
-        if options.resume:
-            console.line("no run of this recipe to go on with: starting at step 0")
-        return Start(run)
     if checkpoint is None:
         console.line(f"{run} holds no whole checkpoint: starting at step 0")
         return Start(run)
@@ -169,6 +171,7 @@ def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, co
             f"the recipe or its data is not the one that {checkpoint.path} was written with",
             how="train anew, without --resume and --from",
         )
+    set_aside_later(checkpoint)
     console.line(f"going on with {run} after step {checkpoint.step}")
     return Start(run, checkpoint)
 

@@ -92,12 +92,14 @@ class Encoder:
         return EncodeResult(examples, reason)
 
     def encode_prompt(self, conversation: Conversation, where: str = "") -> list[int]:
-        """Ids of what a server feeds the model for the last answer: the messages before it, and the generation prompt.
+        """Ids of what a server feeds the model: the messages and the generation prompt.
+
+        A conversation that ends in an answer is asked for this answer, any other for the next one.
 
         Raises:
             UserError: as `encode`.
         """
-        messages = _before_last_answer(conversation.messages)
+        messages = _question(conversation.messages)
         prompt = self.template.generation_prompt(messages, conversation.tools, where=where)
         _check_unicode(prompt, where)
         return self._spans.ids(prompt)
@@ -110,7 +112,7 @@ class Encoder:
         Raises:
             UserError: as `encode`.
         """
-        messages = (*_before_last_answer(conversation.messages), Message("assistant", answer))
+        messages = (*_question(conversation.messages), Message("assistant", answer))
         answered = replace(conversation, messages=messages)
         tokens = self._encode_conversation(answered, [len(messages) - 1], "each", where)[0].tokens
         start, end = tokens.spans[0]
@@ -206,10 +208,9 @@ def _check_unicode(text: str, where: str) -> None:
         raise UserError(what, how="write the row as valid Unicode", where=where or None) from None
 
 
-def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages before the last assistant message; all of them where there is none."""
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    return messages[: answers[-1]] if answers else messages
+def _question(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages without an answer at their end."""
+    return messages[:-1] if messages and messages[-1].role == "assistant" else messages
 
 
 def _with_labels(input_ids: np.ndarray, labels: np.ndarray) -> Example:

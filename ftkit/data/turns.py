@@ -26,8 +26,9 @@ ROLES: dict[str, Role] = {
 """The sources' names of roles -> ours."""
 
 _FOLLOWS: dict[str, tuple[str, ...]] = {
-    "start": ("system", "user"),
-    "system": ("user",),
+    # Greetings open many ShareGPT and role-play conversations: an assistant may begin.
+    "start": ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
@@ -52,7 +53,7 @@ def check_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     What follows the last assistant turn is cut: no target comes after it, and no target sees it.
 
     Raises:
-        RowError: two turns of a role in a row, a role that cannot follow another, no assistant turn.
+        RowError: two turns of a role in a row, a role that cannot follow another, no assistant turn that answers.
     """
     previous = "start"
     for index, message in enumerate(messages):
@@ -61,7 +62,7 @@ def check_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
             expected = " or ".join(_FOLLOWS[previous])
             raise RowError(f"turn {index}: a turn of {message.role} {where}", f"put a turn of {expected} there")
         previous = message.role
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant" and index > 0]
     if not answers:
         raise RowError("no assistant turn to train on", "add an answer or remove the row")
     return messages[: answers[-1] + 1]

@@ -32,6 +32,12 @@ class Item:
     where: str
     """`file:line` of its row."""
 
+    @property
+    def question(self) -> Conversation:
+        """The conversation before the answer."""
+        assert isinstance(self.document, Conversation), "plain text asks nothing"
+        return replace(self.document, messages=self.document.messages[:-1])
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

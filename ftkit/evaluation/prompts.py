@@ -51,7 +51,7 @@ class ChatPrompts:
         self._tokenizer = tokenizer
         self._encoder = encoder
         eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
-        self.end_ids = tuple(dict.fromkeys((*encoder.template.end_of_turn_ids, *eos)))
+        self.end_ids: tuple[int, ...] = tuple(dict.fromkeys((*encoder.template.end_of_turn_ids, *eos)))
 
     def question(self, item: Item, limit: int) -> list[int]:
         """The generation prompt. One that is too long loses what training cuts: its oldest exchanges, then the middle
@@ -98,7 +98,7 @@ class RawPrompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-        self.end_ids = () if eos is None else (int(eos),)
+        self.end_ids: tuple[int, ...] = () if eos is None else (int(eos),)
         # Asked of the tokenizer itself: some have a BOS that they never put before a text.
         self._begin = [int(bos)] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
@@ -163,7 +163,7 @@ def _conversation(item: Item) -> Conversation:
 def _raw_question(item: Item) -> str:
     """Everything before the answer; without spaces at the end, which tokenizers expect before the next word."""
     text = ""
-    for message in _conversation(item).messages[:-1]:
+    for message in item.question.messages:
         if message.role == "assistant":
             text += _separator(text) + message.content
         else:

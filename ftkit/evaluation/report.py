@@ -77,7 +77,7 @@ class Report:
     def to_table(self) -> Table:
         """A row for each task and metric: every model's score, and how the tuned one differs from each of the others.
 
-        An arrow marks a significant difference, up for better; "~" stands where the interval includes 0.
+        A triangle marks a significant difference, up for better; "~" stands where there is none.
         """
         results = {(result.model, result.task, result.metric): result for result in self.results}
         models = list(dict.fromkeys(result.model for result in self.results))
@@ -87,7 +87,8 @@ class Report:
         columns = [("task", "left"), *([("cluster", "left")] if clusters else []), ("metric", "left"), ("n", "right")]
         columns += [(model, "right") for model in models]
         differences = ["difference"] if len(models) == 2 else [f"against {model}" for model in models[:-1]]
-        table = make_table("evaluation (95% intervals)", [*columns, *((name, "right") for name in differences)])
+        columns += [(name, "right") for name in differences]
+        table = make_table("evaluation (95% intervals; ↓ lower is better)", columns)
         for task, metric in dict.fromkeys((result.task, result.metric) for result in self.results):
             scored = [results.get((model, task, metric)) for model in models]
             first = next(result for result in scored if result is not None)
@@ -95,7 +96,7 @@ class Report:
             table.add_row(
                 task,
                 *([first.cluster or ""] if clusters else []),
-                metric + (" (lower is better)" if METRICS[metric].lower_is_better else ""),
+                metric + (" ↓" if METRICS[metric].lower_is_better else ""),
                 str(first.n),
                 *("" if result is None else _with_interval(result.score, result.interval) for result in scored),
                 *("" if pair is None else _difference(pair) for pair in compared),

@@ -73,7 +73,7 @@ def _problems(error: ValidationError, raw: dict[str, Any]) -> list[Problem]:
 
 def _problem(key: KeyPath, detail: ErrorDetails) -> Problem:
     # ("tasks", 0, "columns", "target"): the section that a name belongs to follows from its depth.
-    section = (SuiteSection, SuiteSection, TaskSection, ColumnsSection)[min(len(key), 4) - 1] if key else SuiteSection
+    section = (SuiteSection, SuiteSection, SuiteSection, TaskSection, ColumnsSection)[min(len(key), 4)]
     name = str(key[-1]) if key else ""
     if detail["type"] == "missing":
         return Problem("required key is missing", "add it", key=key)
@@ -82,8 +82,8 @@ def _problem(key: KeyPath, detail: ErrorDetails) -> Problem:
     if detail["type"] == "extra_forbidden":
         return Problem("unknown key", did_you_mean(name, section.model_fields), key=key)
     if detail["type"] == "value_error":
-        what, _, how = detail["msg"].removeprefix("Value error, ").partition("; ")
-        return Problem(what, how or None, key=key)
+        what, _, mend = detail["msg"].removeprefix("Value error, ").partition("; ")
+        return Problem(what, mend or None, key=key)
     if name not in section.model_fields:  # an item of a list, of options for example
         how = "put it in quotes" if detail["type"] == "string_type" else None
         return Problem(f"{detail['msg'].lower()}, got {describe(detail['input'])}", how, key=key)

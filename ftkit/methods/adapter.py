@@ -54,9 +54,9 @@ NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
 class BottleneckAdapter(nn.Module):
     """h + up(f(down(h))), the identity at first.
 
-    `up` starts at zero, so the tuned model starts exactly as the base, and `down` as torch's linear layers do
-    (Kaiming-uniform, a = sqrt(5)), so that `up` gets a gradient of full size in the first step. The paper draws both
-    from N(0, 0.01^2), which is near the identity but starts with a gradient a hundred times smaller.
+    `down` starts as torch's linear layers do (Kaiming-uniform, a = sqrt(5)) and `up` at zero, as A and B of a LoRA: the
+    tuned model starts exactly as the base, and `up` has a gradient from the first step on, `down` from the second. The
+    paper draws both from N(0, 0.01^2), which is near the identity; its scale would not follow the width.
 
     The projections are plain linear layers: where the model computes in another precision than float32,
     `models/precision.py` casts their weights as it does all trained ones.

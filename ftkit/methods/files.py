@@ -67,8 +67,8 @@ def write_adapter(
     known = {"base_model": identity.name, "revision": identity.revision, "base_fingerprint": identity.fingerprint}
     precision = str(base_dtype).removeprefix("torch.")
     _write_json(directory / IDENTITY_NAME, {"ftkit_version": _version(), **known, "base_dtype": precision})
-    # One metadata entry only: safetensors writes several in random order, and the bytes would differ.
-    tensors = {name: state[name].detach().to("cpu").contiguous() for name in sorted(state)}
+    # safetensors orders tensors itself, but not metadata: a second entry would make the bytes differ.
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 

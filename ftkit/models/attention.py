@@ -38,13 +38,13 @@ def document_kwargs(batch: Batch) -> dict[str, Any]:
     The bounds are on the CPU: every layer reads their values, and on a GPU each reading would wait for the device.
     """
     assert batch.cu_seq_lens is not None, "the batch is padded"
-    bounds = batch.cu_seq_lens.cpu()
-    return {
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": batch.max_seq_len,
-        "max_length_k": batch.max_seq_len,
-    }
+    return bounds_kwargs(batch.cu_seq_lens.cpu())
+
+
+def bounds_kwargs(bounds: Tensor) -> dict[str, Any]:
+    """Forward keywords for one row with documents between the `bounds` [documents + 1], on the CPU."""
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def document_attention(

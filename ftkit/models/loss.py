@@ -7,13 +7,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-CHUNK_BYTES = 64 * 2**20
-"""Size of one chunk's float32 logits."""
+CHUNK_BYTES = 128 * 2**20
+"""Size of one chunk's float32 logits.
+
+Measured with SmolLM2's head (49,152 x 576) and 2,048 targets on one core of an AMD EPYC: chunks of 128 to 1,024 targets
+took the same time within noise (4.5 s in float32 and 1.8 s in bfloat16; all logits at once 5.4 s and 2.3 s), chunks of
+64 took 1.2 times as long and, with the weight's gradient in bfloat16, 1.7 times.
+"""
 
 
 def chunk_size(vocab_size: int) -> int:
-    """Targets a chunk, so that its float32 logits take about `CHUNK_BYTES`; a multiple of 64, at least 64."""
-    return max(64, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
+    """Targets a chunk, so that its float32 logits take about `CHUNK_BYTES`; a multiple of 64, at least 128."""
+    return max(128, CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
 
 
 def chunked_cross_entropy(

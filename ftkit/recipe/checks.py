@@ -82,7 +82,7 @@ def _best(recipe: Recipe) -> Iterator[Problem]:
     elif metric != "eval_loss" and None not in names and metric.removeprefix("eval_loss_") not in names:
         known = ", ".join(["eval_loss", *(f"eval_loss_{name}" for name in names)])
         yield Problem(
-            f"there is no validation data set {metric.removeprefix('eval_loss_')}", f"choose {known}", key=key
+            f"there is no validation data set {metric.removeprefix('eval_loss_')}", f"choose one of {known}", key=key
         )
 
 

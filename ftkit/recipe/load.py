@@ -125,15 +125,17 @@ def _absolute_input(text: str, base: Path, *, patterns: bool = True) -> str:
     return text
 
 
-def _without_empty_sections(raw: dict[str, Any], path: KeyPath = ()) -> dict[str, Any]:
-    """`raw` without sections whose keys are all commented out, which YAML reads as null."""
-    kept: dict[str, Any] = {}
-    for key, value in raw.items():
-        here = (*path, key)
-        if value is None and shape.is_section(here):
-            continue
-        kept[key] = _without_empty_sections(value, here) if isinstance(value, dict) else value
-    return kept
+def _without_empty_sections(value: Any, path: KeyPath = ()) -> Any:
+    """`value`, which stands at `path`, without sections whose keys are all commented out, which YAML reads as null."""
+    if isinstance(value, dict):
+        return {
+            key: _without_empty_sections(item, (*path, key))
+            for key, item in value.items()
+            if item is not None or not shape.is_section((*path, key))
+        }
+    if isinstance(value, list):
+        return [_without_empty_sections(item, (*path, index)) for index, item in enumerate(value)]
+    return value
 
 
 def _located(problem: Problem, marks: dict[KeyPath, str], path: Path) -> Problem:
@@ -170,7 +172,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        style = "'" if not is_text(text) else "|" if "\n" in text else None
+        # Line breaks of YAML 1.1 that are none to anybody else are read back only as escapes.
+        unusual = any(character in text for character in "\r\x85\u2028\u2029")
+        style = '"' if unusual else "'" if not is_text(text) else "|" if "\n" in text else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -128,7 +128,7 @@ class DataSection(Section):
     packing: Literal["auto", "required", "off"] = "auto"
     """Documents one after another in a row without padding, where the proof of their isolation holds."""
     mixing: MixingSection = MixingSection()
-    """How data sets are mixed."""
+    """Which rows an epoch draws from which data set."""
     val_size: Share | PositiveInt = 0.05
     """Share or number of rows split off for validation, at most 500; 0 turns it off."""
     turns: Literal["auto", "whole", "each"] = "auto"
@@ -258,7 +258,7 @@ class Recipe(Section):
     base_model: NonEmpty
     """Hub id, directory, or .gguf file; a path that exists wins, `hf://org/name` forces the hub."""
     model: ModelSection = ModelSection()
-    """How the base model is loaded."""
+    """Precision, attention, revision and chat template of the base model."""
     data: DataSection
     """What is trained on."""
     method: Method

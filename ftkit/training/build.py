@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,15 +105,15 @@ def build(
         method.load(model, checkpoint.path / result_name(method))
     torch.manual_seed(recipe.seed + world.rank)
     counts = report(model)
-    if not sharded:
-        # Under FSDP its own policy casts what trains; see `World.shard`.
+    if not (sharded and method.name == "full"):
+        # Where every weight trains and is sharded, FSDP's own policy gathers them in the compute dtype.
         compute_in(model, compute_dtype)
     if recipe.training.gradient_checkpointing is True:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
 
     # 3. The root module, on its device, for one process or many.
-    objective = Objective(model, num_datasets=len(plan.dataset_names), isolation=isolation)
+    objective = Objective(model, num_datasets=len(plan.dataset_names), packed_attention=isolation.rung == "ftkit")
     objective.to(world.device)
     prepared_module: nn.Module
     if sharded:
@@ -178,7 +177,7 @@ def tokens_per_device(recipe: Recipe, device: torch.device) -> int:
     asked = recipe.training.max_tokens_per_device
     if asked == "auto":
         return max(recipe.data.max_length, TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU)
-    return cast(int, asked)
+    return asked
 
 
 def _precision_in_words(counts: Report, compute: torch.dtype, reason: str) -> str:

@@ -73,6 +73,9 @@ def write_checkpoint(
         save_file(dict(random), staging / RANDOM)
         (staging / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
         files = sorted(path for path in staging.rglob("*") if path.is_file())
+        for path in files:
+            # safetensors writes files that only their owner may read, whatever the umask.
+            path.chmod(staging.stat().st_mode & 0o666)
         manifest = {path.relative_to(staging).as_posix(): _measure(path) for path in files}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (*files, staging / MANIFEST, *(p for p in staging.rglob("*") if p.is_dir()), staging):

@@ -195,8 +195,8 @@ class Loop:
 
 def cadence(section: TrainingSection, total_steps: int, *, validated: bool) -> tuple[int, int, int]:
     """Steps between log lines, evaluations and checkpoints; checkpoints fall on evaluations where there are any."""
-    log_every = section.logging_steps
-    log_every = min(10, max(1, total_steps // 100)) if log_every == "auto" else every(log_every, total_steps)
+    asked = section.logging_steps
+    log_every = min(10, max(1, total_steps // 100)) if asked == "auto" else every(asked, total_steps)
     eval_every = every(section.eval_steps, total_steps)
     save_every = eval_every if section.save_steps is None else every(section.save_steps, total_steps)
     if validated:

@@ -67,8 +67,10 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
     config, tokenizer = load_config(base), load_tokenizer(base)
     template = chat_template_for(tokenizer, recipe.model, directory, recipe.data.chat_template_kwargs)
     encoder = make_encoder(tokenizer, template, recipe.data)
-    with console.progress("reading data", total=1):
-        plan = make_plan(recipe, encoder, base=directory)
+    with console.progress("preparing data", total=1) as bar:
+        plan = make_plan(
+            recipe, encoder, base=directory, progress=lambda what, done, total: bar.show(what, done, total)
+        )
     return Prepared(recipe, base, config, tokenizer, template, plan)
 
 

@@ -1,4 +1,4 @@
-"""What training leaves behind: weights with everything that belongs to them, in a checkpoint and as the run's result."""
+"""What training leaves behind: weights and what belongs to them, in a checkpoint and as the run's result."""
 
 import json
 import shutil

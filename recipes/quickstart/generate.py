@@ -57,7 +57,7 @@ def make_splits(*, shuffle_labels: bool = False) -> dict[str, list[list[Message]
 
 def deal_values(rng: random.Random) -> dict[str, Values]:
     """Split every list of values into a part for training and a part for testing."""
-    lists = {name: read_lines(name) for name in ("first_names", "surnames", "cities", "products")}
+    lists = {name: read_lines(name) for name in ("first_names", "surnames", "cities", "adjectives", "products")}
     lists["quantities"] = [str(number) for number in range(2, 100)]
     dealt: dict[str, Values] = {"train": {}, "test": {}}
     for name, entries in lists.items():
@@ -76,7 +76,7 @@ def make_rows(split: str, values: Values, rng: random.Random) -> list[list[Messa
         target = {
             "name": f"{next(decks['first_names'])} {next(decks['surnames'])}",
             "quantity": int(next(decks["quantities"])),
-            "product": next(decks["products"]),
+            "product": f"{next(decks['adjectives'])} {next(decks['products'])}",
             "city": next(decks["cities"]),
         }
         turns = {

@@ -193,7 +193,7 @@ def test_early_stopping_and_the_best_checkpoint(tiny):
     train(
         recipe,
         [
-            "training.learning_rate=3.0",
+            "training.learning_rate=0.5",
             "training.max_steps=60",
             "training.early_stopping_patience=2",
             "training.eval_steps=3",
@@ -230,7 +230,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny, overrides, message):
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("ftkit: error: ")
     assert message in result.stderr
-    assert "; " in result.stderr
     assert not list(runs.glob("*/checkpoints"))
 
 

@@ -14,6 +14,7 @@ def test_two_processes_train_like_one(tmp_path, method, parallel):
     assert one.returncode == 0, one.stderr
     two = run_cli("train", recipe, f"training.parallel={parallel}", "--num-processes", "2", cwd=tmp_path)
     assert two.returncode == 0, two.stderr
+    assert "2 processes" in two.stdout
     runs = tmp_path / "runs"
     # float32: only the order of additions differs.
     assert losses(runs / "recipe-2") == pytest.approx(losses(runs / "recipe-1"), abs=1e-4)

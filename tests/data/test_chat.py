@@ -163,7 +163,9 @@ def test_a_turn_without_an_end_of_its_own_is_refused() -> None:
 
 
 def test_an_end_that_is_no_special_token_is_refused() -> None:
-    without = ChatTemplate(tiny_tokenizer(), CHATML.replace("<|im_end|>", "</turn>"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["</turn>"])  # a token, but one that may also be text, as </tool_call> is
+    without = ChatTemplate(tokenizer, CHATML.replace("<|im_end|>", "</turn>"))
     assert "ends the assistant's turn in '</turn>', no special token" in refusal(without, USER, ANSWER)
 
 

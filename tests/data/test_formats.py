@@ -199,8 +199,10 @@ SYSTEM, TOOL = {"role": "system", "content": "s"}, {"role": "tool", "content": "
     [
         ([USER, USER, ANSWER], "turn 1: a turn of user after one of user; put a turn of assistant there"),
         ([USER, ANSWER, ANSWER], "turn 2: a turn of assistant after one of assistant"),
-        ([ANSWER], "turn 0: a turn of assistant at the start; put a turn of system or user there"),
-        ([SYSTEM, ANSWER], "turn 1: a turn of assistant after one of system"),
+        ([TOOL, ANSWER], "turn 0: a turn of tool at the start; put a turn of system or user or assistant there"),
+        ([SYSTEM, SYSTEM, USER, ANSWER], "turn 1: a turn of system after one of system"),
+        ([ANSWER], "no assistant turn to train on"),
+        ([ANSWER, USER], "no assistant turn to train on"),
         ([USER, SYSTEM, ANSWER], "turn 1: a turn of system after one of user"),
         ([USER, TOOL, ANSWER], "turn 1: a turn of tool after one of user"),
         ([USER, ANSWER, TOOL, USER], "turn 3: a turn of user after one of tool"),
@@ -213,6 +215,17 @@ SYSTEM, TOOL = {"role": "system", "content": "s"}, {"role": "tool", "content": "
 )
 def test_order_of_turns(messages: list[Any], expected: str) -> None:
     assert f"data.json:2: {expected}" in problem(chat(USER, ANSWER), chat(*messages))
+
+
+@pytest.mark.parametrize("opening", [[], [SYSTEM]])
+def test_an_assistant_may_open(opening: list[Any]) -> None:
+    (document,) = parse(chat(*opening, ANSWER, USER, ANSWER))
+    assert [role for role, _ in turns(document)] == [
+        *(turn["role"] for turn in opening),
+        "assistant",
+        "user",
+        "assistant",
+    ]
 
 
 def test_system_column_and_turn() -> None:

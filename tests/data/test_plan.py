@@ -46,6 +46,15 @@ class ByteEncoder:
         return Example(ids[: self.max_length], labels[: self.max_length], truncated=len(ids) > self.max_length)
 
 
+class UnevenEncoder(ByteEncoder):
+    """As `ByteEncoder`, but does not train on each example's second token."""
+
+    def _example(self, text: str) -> Example:
+        example = super()._example(text)
+        example.labels[1] = IGNORE
+        return example
+
+
 def write(path: Path, texts: Sequence[str]) -> DatasetSection:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return DatasetSection(path=path.name, format="text")
@@ -112,6 +121,9 @@ def test_weights_decide_the_share_of_a_run(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, recipe([a, b], mixing=MixingSection(strategy="weights", epoch_size=2000)))
     counts = Counter(text[0] for text in texts_of(plan))
     assert sum(counts.values()) == 4000
+    # The second epoch goes on where the first one stopped, so that no row comes more often than another.
+    times = Counter(text for text in texts_of(plan) if text[0] == "a")
+    assert max(times.values()) - min(times.values()) <= 1
     assert counts["a"] / 4000 == pytest.approx(0.75, abs=0.03)
 
 
@@ -144,6 +156,9 @@ def test_fingerprint_follows_the_data_and_not_the_length_of_the_run(tmp_path: Pa
     for changed_row in (short.validation_rows["a"][0], short.examples[0].row):
         write(tmp_path / "a.jsonl", [f"text {i}" if i != changed_row else "other" for i in range(20)])
         assert plan_of(tmp_path, recipe([a], val_size=0.1)).fingerprint != short.fingerprint
+    # The same ids, of which fewer are trained on.
+    b = write(tmp_path / "a.jsonl", ["text"])
+    assert plan_of(tmp_path, recipe([b]), UnevenEncoder()).fingerprint != plan_of(tmp_path, recipe([b])).fingerprint
 
 
 # -------------------------------------------------------------------------------------------------- validation
@@ -188,6 +203,8 @@ def test_max_samples_does_not_depend_on_other_data_sets(tmp_path: Path) -> None:
     assert alone.counts[0].rows_used == 10
     assert {e.row for e in alone.examples} == {e.row for e in second.examples if e.dataset == 1}
     assert {e.row for e in alone.examples} != set(range(10))
+    renamed = plan_of(tmp_path, recipe([a.model_copy(update={"name": "c"})]))
+    assert {e.row for e in alone.examples} != {e.row for e in renamed.examples}
 
 
 def test_a_split_row_without_targets_stops_nothing(tmp_path: Path) -> None:
@@ -290,16 +307,19 @@ def test_micro_batches_hold_the_global_batch(tmp_path: Path, world_size: int, pa
     plan = plan_of(tmp_path, recipe([a], global_batch_size=8, val_size=5))
     for step, indices in enumerate(plan.steps):
         ranks = [
-            plan.micro_batches(step, rank=rank, world_size=world_size, max_tokens=20, packed=packed)
+            plan.micro_batches(step, rank=rank, world_size=world_size, max_tokens=40, packed=packed)
             for rank in range(world_size)
         ]
         assert len({len(micro_batches) for micro_batches in ranks}) == 1
+        for micro_batch in chain(*ranks):
+            sizes = [example.example.num_tokens for example in micro_batch]
+            assert len(sizes) <= 1 or (sum(sizes) if packed else len(sizes) * max(sizes)) <= 40
         found = [id(example) for example in chain(*chain(*ranks))]
         assert sorted(found) == sorted(id(plan.examples[index]) for index in indices)
         targets = sum(example.example.num_targets for example in chain(*chain(*ranks)))
         assert targets == plan.targets_per_step[step]
     ranks = [
-        plan.validation_batches("a", rank=rank, world_size=world_size, max_tokens=20, packed=packed)
+        plan.validation_batches("a", rank=rank, world_size=world_size, max_tokens=40, packed=packed)
         for rank in range(world_size)
     ]
     assert sorted(example.row for example in chain(*chain(*ranks))) == plan.validation_rows["a"]

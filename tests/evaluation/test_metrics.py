@@ -55,7 +55,7 @@ def test_token_f1(answer: str, reference: str, expected: float) -> None:
     ("text", "options", "expected"),
     [
         ("I think it is Positive, not negative.", SENTIMENT, "positive"),
-        ("unknowable", ("no", "yes"), None),  # whole words only
+        ("unknowable piano", ("no", "yes"), None),  # whole words only
         ("(B) because (A) is wrong", ("(A)", "(B)"), "(B)"),
         ("New York City", ("New York", "New York City"), "New York City"),
         ("", SENTIMENT, None),
@@ -88,10 +88,14 @@ def test_every_metric_scores_any_answer_and_the_result_does_not_depend_on_the_or
     rng = np.random.default_rng(0)
     truths = [Truth((option,), SENTIMENT) for option in SENTIMENT * 5]
     answers = [
-        Answer(text=str(rng.choice(["positive", "negative thing", ""])), option_log_likelihoods=tuple(rng.normal(size=2)),
-               negative_log_likelihood=float(rng.random()), num_tokens=int(rng.integers(1, 9)))
+        Answer(
+            text=str(rng.choice(["positive", "negative thing", ""])),
+            option_log_likelihoods=tuple(rng.normal(size=2)),
+            negative_log_likelihood=float(rng.random()),
+            num_tokens=int(rng.integers(1, 9)),
+        )
         for _ in truths
-    ]  # fmt: skip
+    ]
     for metric in METRICS.values():
         values, weights = np.array([metric.score(a, t) for a, t in zip(answers, truths, strict=True)]).T
         order = rng.permutation(len(truths))

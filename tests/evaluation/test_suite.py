@@ -85,7 +85,12 @@ def test_a_template_takes_plain_rows_and_numbered_labels(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("labels", "expected"),
-    [([0, 1, 2], ["1", "2", "3"]), ([1, 2, 3], ["1", "2", "3"]), (["3", "1", "1"], ["3", "1", "1"])],
+    [
+        ([0, 1, 2], ["1", "2", "3"]),
+        ([1, 2, 1], ["1", "2", "1"]),
+        ([1, 2, 3], ["1", "2", "3"]),
+        (["3", "1", "1"], ["3", "1", "1"]),
+    ],
 )
 def test_labels_that_are_options_are_no_numbers_of_options(
     tmp_path: Path, labels: list[Any], expected: list[str]
@@ -218,9 +223,9 @@ tasks:
             "suite.yaml:2: tasks.0.template: not a template: ",
         ),
         (
-            'tasks:\n  - {name: a, path: rows.jsonl, metric: exact_match, template: "{text}", columns: {target: label}}\n',
-            "suite.yaml:2: tasks.0: rows.jsonl has no column label with the answers; its columns: task, inputs, target; "
-            "name it, e.g. `columns: {target: label}`",
+            'tasks:\n  - {name: a, path: rows.jsonl, metric: token_f1, template: "{text}", columns: {target: label}}\n',
+            "suite.yaml:2: tasks.0: rows.jsonl has no column label with the answers; its columns: task, inputs, "
+            "target; name it, e.g. `columns: {target: label}`",
         ),
         (
             "tasks:\n  - {name: a, path: rows.jsonl, metric: exact_match, shots: 4}\n",

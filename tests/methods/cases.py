@@ -13,7 +13,7 @@ from tests.tiny_models import CONFIGS, tiny_model
 
 SECTIONS: dict[str, Section] = {
     "full": FullMethod(type="full"),
-    "lora": LoraMethod(type="lora", rank=4, alpha=8.0),
+    "lora": LoraMethod(type="lora", rank=4, alpha=7.0),
     "adapter": AdapterMethod(type="adapter", bottleneck=6),
     "adapter-norms": AdapterMethod(type="adapter", bottleneck=6, non_linearity="tanh", train_norms=True),
 }
@@ -63,7 +63,8 @@ def perturb(model: nn.Module, seed: int = 3) -> None:
 
 
 def batches(count: int) -> Iterator[Tensor]:
-    """`count` different batches, int64 [2, 12]."""
+    """`count` batches that repeat after four, int64 [2, 12]: random, so only what comes again can be learned."""
     generator = torch.Generator().manual_seed(11)
-    for _ in range(count):
-        yield torch.randint(0, 256, (2, 12), generator=generator)
+    different = torch.randint(0, 256, (4, 2, 12), generator=generator)
+    for index in range(count):
+        yield different[index % 4]

@@ -12,7 +12,7 @@ from ftkit.methods.files import BaseIdentity
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import linear_modules, linear_shape, norm_modules
 from ftkit.recipe.schema import Method
-from tests.methods.cases import CASES, SECTIONS, applied, loss, logits, method_of, perturb, trained
+from tests.methods.cases import CASES, SECTIONS, applied, logits, loss, method_of, perturb, trained
 from tests.tiny_models import CONFIGS, tiny_model
 
 IDENTITY = BaseIdentity("org/base", "abc", "sha256:0")
@@ -128,6 +128,22 @@ def test_modules_start_differently(case):
     state = method_of(case).trained_state(applied("llama", case))
     starts = [tensor for name, tensor in state.items() if name.endswith(("lora_A.weight", "adapter.down.weight"))]
     assert len({tensor.flatten()[0].item() for tensor in starts}) == len(starts)
+
+
+@every_case
+def test_on_a_model_without_memory(architecture, case, tmp_path):
+    """A plan counts parameters, and a merge reads names and layouts, from a model on the meta device."""
+    source, method = applied(architecture, case), method_of(case)
+    with torch.device("meta"):
+        empty, loaded = (type(source)(source.config) for _ in range(2))
+    method.apply(empty, SECTIONS[case], seed=1)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert report(empty) == report(source)
+    assert list(method.trained_state(empty)) == list(method.trained_state(source))
+    if method.name != "full":
+        method.save(source, SECTIONS[case], tmp_path, IDENTITY)
+        method.load(loaded, tmp_path)
+        assert report(loaded) == report(source)
 
 
 @every_section

@@ -1,0 +1,82 @@
+"""A base on disk and a LoRA beside it, as training leaves them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ftkit.methods import lora
+from ftkit.methods.files import BaseIdentity
+from ftkit.models.load import BaseModel, find_base, fingerprint, load_weights
+from ftkit.recipe.schema import LoraMethod, ModelSection
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+IDS = [list(range(5, 45)), list(range(200, 100, -3))]
+"""Two texts of the tiny tokenizer."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and an adapter of it."""
+
+    base: BaseModel
+    adapter: Path
+    section: LoraMethod
+
+    @property
+    def base_directory(self) -> Path:
+        assert self.base.path is not None
+        return self.base.path
+
+    def adapted(self) -> PreTrainedModel:
+        """The base with the adapter, float32, in evaluation mode."""
+        model = load_weights(self.base, dtype=torch.float32)
+        lora.load(model, self.adapter)
+        return model
+
+
+def open_base(directory: Path) -> BaseModel:
+    """The model in `directory`."""
+    return find_base(str(directory), ModelSection(), base=directory)
+
+
+def write_pair(
+    directory: Path,
+    architecture: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    targets: str | tuple[str, ...] = "all-linear",
+    **overrides: Any,
+) -> Pair:
+    """Write `directory/base` and `directory/adapter`, whose update is about 2% of the weights."""
+    model = tiny_model(architecture, **overrides)
+    model.to(dtype).save_pretrained(directory / "base", max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(directory / "base")
+    section = LoraMethod(type="lora", rank=4, alpha=6.0, targets=targets)
+    base = open_base(directory / "base")
+    write_lora(base, section, directory / "adapter")
+    return Pair(base, directory / "adapter", section)
+
+
+def write_lora(base: BaseModel, section: LoraMethod, directory: Path) -> None:
+    """Write an adapter with noise in A and B, the tokenizer and a generation config that ends turns."""
+    model = load_weights(base, dtype=torch.float32)
+    lora.apply(model, section, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    state = {n: t + torch.randn(t.shape, generator=generator) * 0.02 for n, t in lora.trained_state(model).items()}
+    lora.save(model, section, directory, BaseIdentity(base.name, None, fingerprint(base)), state=state)
+    tiny_tokenizer().save_pretrained(directory)
+    config = {"bos_token_id": 256, "eos_token_id": [258], "pad_token_id": 259}
+    (directory / "generation_config.json").write_text(json.dumps(config))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Sequence[Sequence[int]] = IDS) -> list[Tensor]:
+    """Logits of each text, float32."""
+    return [model.eval()(torch.tensor([list(row)])).logits[0].float() for row in ids]
