@@ -60,7 +60,8 @@ class Console:
         """From here on write to `path` too, appending; every line gets the rank's prefix."""
         self.close_log()
         self._log_stream = _PrefixedFile(path, f"[rank {rank}] ")
-        self._log = RichConsole(file=cast(TextIO, self._log_stream), width=WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=True)
+        stream = cast(TextIO, self._log_stream)
+        self._log = RichConsole(file=stream, width=WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=True)
 
     def close_log(self) -> None:
         """Stop writing to train.log."""

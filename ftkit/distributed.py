@@ -116,9 +116,7 @@ class World:
         if self.size == 1:
             return module
         devices = None if self.device.type == "cpu" else [self.device]
-        return DistributedDataParallel(
-            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
 
     def shard(self, module: nn.Module, blocks: Sequence[nn.Module], *, param_dtype: torch.dtype | None) -> nn.Module:
         """Shard the root module and each decoder block over all processes (FSDP2), in place.

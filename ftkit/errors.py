@@ -55,7 +55,12 @@ class FtkitError(Exception):
 
     def located(self, where: dict[KeyPath, str]) -> Self:
         """The same error with `where` filled in for problems that name only a key (nearest marked ancestor)."""
-        return type(self).of(replace(p, where=p.where or _nearest(p.key, where)) for p in self.problems)
+        # Not through `of`: a subclass may ask for more than a text, and may have no problem left to tell.
+        error = type(self).__new__(type(self))
+        error.__dict__.update(self.__dict__)
+        error.problems = tuple(replace(p, where=p.where or _nearest(p.key, where)) for p in self.problems)
+        error.args = ("\n".join(str(problem) for problem in error.problems),)
+        return error
 
 
 def _nearest(key: KeyPath, where: dict[KeyPath, str]) -> str | None:

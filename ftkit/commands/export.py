@@ -25,7 +25,7 @@ def export(
     from ftkit.runs import find_target
 
     console = Console()
-    write = find_exporter(format)
+    write, result_dtype = find_exporter(format), as_dtype(dtype)
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
     if output is None and found.run is None:
         raise UserError(f"{target} belongs to no run", how="say where to write with --output DIR")
@@ -37,7 +37,7 @@ def export(
         output,
         tokenizer=found.tokenizer,
         chat_template_kwargs=recipe.data.chat_template_kwargs if recipe is not None else None,
-        dtype=as_dtype(dtype),
+        dtype=result_dtype,
         overwrite=overwrite,
     )
     console.line(f"written to {output}", style="bold")

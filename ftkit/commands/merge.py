@@ -31,7 +31,7 @@ def merge(
     from ftkit.runs import find_target
 
     console = Console()
-    name = single_adapter(adapters)
+    result_dtype, name = as_dtype(dtype), single_adapter(adapters)
     target = find_target(name, base=base, offline=offline, trust_remote_code=trust_remote_code)
     if target.adapter is None:
         raise UserError(f"{name} is no adapter: it has nothing to merge", how="name a LoRA run")
@@ -42,11 +42,12 @@ def merge(
         target.model,
         output,
         chat_template_kwargs=recipe.data.chat_template_kwargs if recipe is not None else None,
-        dtype=as_dtype(dtype),
+        dtype=result_dtype,
         overwrite=overwrite,
     )
     relative = report.max_abs_logit_difference / report.max_abs_logit
-    console.line(f"merged     {report.tensors_changed} weights of {target.model.name}, all others copied bit for bit")
+    others = "copied bit for bit" if dtype is None else f"cast to {dtype}"
+    console.line(f"merged     {report.tensors_changed} weights of {target.model.name}, all others {others}")
     console.line(
         f"proof      float32 logits differ by {report.max_abs_logit_difference:.2e} at most, "
         f"{relative:.1e} of the largest"

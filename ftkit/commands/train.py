@@ -12,6 +12,7 @@ from ftkit.launch import LaunchPlan, launched_by_another, read_launch_config, ru
 from ftkit.recipe.load import LoadedRecipe, dump_recipe, load_recipe, resolve
 
 if TYPE_CHECKING:
+    from ftkit.distributed import World
     from ftkit.runs import MetricsFile
     from ftkit.training.build import Built
     from ftkit.training.checkpoint import Checkpoint
@@ -88,48 +89,57 @@ def _arguments(recipe: Path, overrides: list[str], options: Options) -> list[str
 def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     """Train in this process, one of `World.size`."""
     from ftkit.distributed import World
-    from ftkit.runs import LOG, METRICS, MetricsFile
-    from ftkit.training.build import build
     from ftkit.training.prepare import prepare
-    from ftkit.training.result import publish_result
 
-    started = time.perf_counter()
     console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
 
     # 1. Everything that needs no weights, before any process group exists: it would time out meanwhile.
     prepared = prepare(loaded, console, offline=options.offline, trust_remote_code=options.trust_remote_code)
     prepared.print(console)
 
-    # 2. The run's directory, and the checkpoint to go on from.
     world = World()
     try:
-        start: Start = world.on_main(lambda: _find_start(loaded, prepared, options, console))
-        if start.finished:
-            console.line(f"{start.run} is finished already: nothing to do")
-            return
-        console.open_log(start.run / LOG, rank=world.rank)
-
-        # 3. Weights, method, proof of isolation, optimizer.
-        metrics = MetricsFile(start.run / METRICS)
-        built = build(prepared, world, console, metrics=metrics, run=start.run, checkpoint=start.checkpoint)
-        built.print(console)
-        world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
-
-        # 4. The loop.
-        built.loop.run(built.state)
-
-        # 5. The result: the weights of the best or the last checkpoint.
-        def publish() -> None:
-            result = publish_result(start.run, built.state, prepared=prepared, method=built.method)
-            console.line()
-            console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
-            for command in result.next_commands:
-                console.line(f"  {command}")
-
-        world.on_main(publish)
+        _train_as(world, loaded, options, prepared, console)
+        # Nobody leaves while another still needs it.
+        world.barrier()
     finally:
         console.close_log()
         world.close()
+
+
+def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console) -> None:
+    """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
+    from ftkit.runs import LOG, METRICS, MetricsFile
+    from ftkit.training.build import build
+    from ftkit.training.result import publish_result
+
+    started = time.perf_counter()
+
+    # 2. The run's directory, and the checkpoint to go on from.
+    start: Start = world.on_main(lambda: _find_start(loaded, prepared, options, console))
+    if start.finished:
+        console.line(f"{start.run} is finished already: nothing to do")
+        return
+    console.open_log(start.run / LOG, rank=world.rank)
+
+    # 3. Weights, method, proof of isolation, optimizer.
+    metrics = MetricsFile(start.run / METRICS)
+    built = build(prepared, world, console, metrics=metrics, run=start.run, checkpoint=start.checkpoint)
+    built.print(console)
+    world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
+
+    # 4. The loop.
+    built.loop.run(built.state)
+
+    # 5. The result: the weights of the best or the last checkpoint.
+    def publish() -> None:
+        result = publish_result(start.run, built.state, prepared=prepared, method=built.method)
+        console.line()
+        console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
+        for command in result.next_commands:
+            console.line(f"  {command}")
+
+    world.on_main(publish)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.data.chat import chat_template_for
@@ -66,7 +67,9 @@ def _load(
         section: Any = method.load(model, target.adapter)
         if method.keeps_base(section):
             disabled = lambda: method.disabled(model)  # noqa: E731
-    return model.to(device).eval(), disabled
+    # transformers types its own `to` for quantized models only.
+    nn.Module.to(model, device)
+    return model.eval(), disabled
 
 
 def _tokenizer(target: Target) -> PreTrainedTokenizerBase:

@@ -104,7 +104,7 @@ def prove_isolation(config: PreTrainedConfig, *, requested: str = "auto") -> Iso
         if failure is None:
             how = "document bounds in ftkit's attention" if rung == "ftkit" else "restarting position_ids"
             reason = f"packed, kept apart by {how} (proven: off by {figures['difference']:.0e}, leak 0)"
-            return Isolation(rung, reason, NAME if rung == "ftkit" else own, figures)
+            return Isolation(rung, "; not by ".join([reason, *tried]), NAME if rung == "ftkit" else own, figures)
         tried.append(f"{'document bounds' if rung == 'ftkit' else 'position_ids'}: {failure}")
     return Isolation("padded", f"padded: packed documents are not kept apart ({'; '.join(tried)})", own, figures)
 

@@ -9,7 +9,6 @@ parametrize, where 2,052 are weights, gradients and moments.)
 """
 
 import re
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
     and weights that the model's code wants in float32. Calling it again with the same dtype changes nothing.
     """
     kept = _kept_in_float32(model)
+    classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
     for path, module in model.named_modules():
         if type(module).__module__.startswith("ftkit."):
             continue
@@ -38,8 +38,12 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
             and parameter.dtype != dtype
             and not (kept and kept.search(f"{path}.{name}"))
         )
-        if names:
-            module.__class__ = _casting_class(type(module), names, dtype)
+        if not names:
+            continue
+        base: type[nn.Module] = type(module)
+        if (base, names) not in classes:
+            classes[base, names] = _casting_class(base, names, dtype)
+        module.__class__ = classes[base, names]
 
 
 class CastLinear(nn.Linear):
@@ -94,7 +98,6 @@ class CastProduct(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-@cache
 def _casting_class(base: type[nn.Module], names: tuple[str, ...], dtype: torch.dtype) -> type[nn.Module]:
     """The subclass of `base` that computes with its parameters `names` cast to `dtype`."""
     if base is nn.Linear:

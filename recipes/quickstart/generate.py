@@ -3,8 +3,8 @@
     python recipes/quickstart/generate.py                                   # rewrites data/, byte for byte
     python recipes/quickstart/generate.py --shuffle-labels --output DIR     # a control: nothing to learn
 
-A row is a phrasing (`words/phrasings.*.txt`) filled with a name, a city, a product and a quantity. Each list of values is
-dealt to the two splits before any row is made, so the test split shares neither phrasings nor values with training.
+A row is a phrasing (`words/phrasings.*.txt`) filled with a name, a city, a product and a quantity. Each list of values
+is dealt to the two splits before any row is made, so the test split shares neither phrasings nor values with training.
 """
 
 import argparse
