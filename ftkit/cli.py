@@ -67,6 +67,13 @@ class Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+def _go_offline(wanted: bool) -> bool:
+    """Tell huggingface_hub and datasets, which read it when they are imported: later."""
+    if wanted:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return wanted
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ftkit {metadata.version('ftkit')}")
@@ -82,7 +89,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Move a directory t
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
 ]
-Offline = Annotated[bool, typer.Option("--offline", help="Use cached files only, no network.")]
+Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, help="Use cached files only, no network.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's repository.")
 ]

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -88,6 +89,12 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
         move_aside(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def discard_unstarted(run: Path) -> None:
+    """Remove the directory of a run that failed before it wrote anything but its log."""
+    if all(path.name == LOG for path in run.iterdir()):
+        shutil.rmtree(run)
 
 
 def move_aside(path: Path) -> Path:

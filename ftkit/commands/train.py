@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftkit.console import Console, human_seconds
+from ftkit.console import Console, human_count, human_seconds
 from ftkit.errors import FtkitError, UserError
 from ftkit.launch import LaunchPlan, launched_by_another, read_launch_config, run_processes, visible_gpus
 from ftkit.recipe.load import LoadedRecipe, dump_recipe, load_recipe, resolve
@@ -109,7 +109,7 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
 
 def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
-    from ftkit.runs import LOG, METRICS, MetricsFile
+    from ftkit.runs import LOG, METRICS, MetricsFile, discard_unstarted
     from ftkit.training.build import build
     from ftkit.training.result import publish_result
 
@@ -124,7 +124,13 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
 
     # 3. Weights, method, proof of isolation, optimizer.
     metrics = MetricsFile(start.run / METRICS)
-    built = build(prepared, world, console, metrics=metrics, run=start.run, checkpoint=start.checkpoint)
+    try:
+        built = build(prepared, world, console, metrics=metrics, run=start.run, checkpoint=start.checkpoint)
+    except FtkitError:
+        console.close_log()
+        if world.is_main:
+            discard_unstarted(start.run)
+        raise
     built.print(console)
     world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
 
@@ -132,6 +138,12 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
     built.loop.run(built.state)
 
     # 5. The result: the weights of the best or the last checkpoint.
+    tokens = built.loop.total_tokens_run()
+    console.line(
+        f"ran {human_count(tokens['training'])} tokens in training and {human_count(tokens['evaluation'])} in "
+        "evaluation, padding included"
+    )
+
     def publish() -> None:
         result = publish_result(start.run, built.state, prepared=prepared, method=built.method)
         console.line()

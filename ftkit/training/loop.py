@@ -4,8 +4,9 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Loop:
     console: Console
     save: Callable[[LoopState], None]
     """Write a checkpoint; a collective."""
+    tokens_run: Counter[str] = field(default_factory=Counter)
+    """Tokens that went through the model in this process, padding included: `training` and `evaluation`."""
 
     def run(self, state: LoopState) -> None:
         """Train from `state` to the end of the plan, or until early stopping; the last step is always saved.
@@ -86,6 +89,11 @@ class Loop:
                     self.console.line(f"stopped early: {patience} evaluations without a better metric")
                     return
 
+    def total_tokens_run(self) -> dict[str, int]:
+        """`tokens_run` of all processes together. A collective."""
+        parts = self.world.gather(dict(self.tokens_run))
+        return {kind: sum(part.get(kind, 0) for part in parts) for kind in ("training", "evaluation")}
+
     def _forward_backward(self, step: int) -> Tensor:
         """Add the step's gradient to `.grad`; returns the sums of losses by data set over all ranks, float32 on CPU."""
         self.objective.train()
@@ -94,6 +102,7 @@ class Loop:
         sums = torch.zeros(len(self.plan.dataset_names), device=self.world.device)
         for index, examples in enumerate(micro_batches):
             batch = collate(examples, packed=self.packed, pad_id=self.pad_id).to(self.world.device)
+            self.tokens_run["training"] += batch.input_ids.numel()
             with self.world.gradient_sync(self.objective, sync=index == len(micro_batches) - 1):
                 losses = self.objective(batch)
                 # DDP and FSDP average over ranks; N is that of the whole global batch.
@@ -144,6 +153,7 @@ class Loop:
             loss = torch.zeros((), device=self.world.device)
             for batch_examples in batches:
                 batch = collate(batch_examples, packed=self.packed, pad_id=self.pad_id).to(self.world.device)
+                self.tokens_run["evaluation"] += batch.input_ids.numel()
                 loss += self.objective(batch).loss
             loss_sum, targets = float(self.world.sum(loss)), sum(e.example.num_targets for e in examples)
             losses[f"eval_loss_{name}"] = loss_sum / targets

@@ -1,0 +1,121 @@
+"""What follows training: plan, merge, eval and export, from the command line's functions, on tiny models."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ftkit.commands.eval import evaluate
+from ftkit.commands.export import export
+from ftkit.commands.merge import merge
+from ftkit.commands.plan import plan
+from ftkit.commands.train import train
+from ftkit.errors import UserError
+from tests.tiny_runs import write_recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished LoRA run."""
+    directory = tmp_path_factory.mktemp("lora")
+    train(write_recipe(directory, max_steps=30, eval_steps=10), [])
+    return directory / "runs" / "recipe-1"
+
+
+@pytest.fixture(scope="module")
+def merged(run):
+    merge([str(run)])
+    return run / "merged"
+
+
+def logits(model, text="<|im_start|>user\nSay abc.<|im_end|>\n<|im_start|>assistant\n"):
+    ids = AutoTokenizer.from_pretrained(model.name_or_path)(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model.eval()(ids).logits
+
+
+def test_the_merged_model_is_the_adapted_one_and_stops(run, merged):
+    base = AutoModelForCausalLM.from_pretrained(run.parent.parent / "base-llama")
+    adapted = logits(PeftModel.from_pretrained(base, run / "adapter"))
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert (logits(model) - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+    assert model.generation_config.eos_token_id == [258]
+    report = json.loads((merged / "merge_report.json").read_text())
+    assert report["max_abs_logit_difference"] <= 1e-5 * report["max_abs_logit"]
+    assert report["tensors_changed"] == 14
+
+
+def test_a_merged_directory_is_not_overwritten_unasked(run, merged):
+    with pytest.raises(UserError, match="exists"):
+        merge([str(run)])
+    merge([str(run)], overwrite=True)
+    assert (run / "merged.old-1").is_dir()
+
+
+def test_eval_compares_with_the_base_on_the_rows_held_back(run, merged, tmp_path, capsys):
+    evaluate(str(run), output=tmp_path / "run.json")
+    evaluate(str(merged), output=tmp_path / "merged.json")
+    reports = [json.loads((tmp_path / name).read_text()) for name in ("run.json", "merged.json")]
+    pairs = [{pair["metric"]: pair for pair in report["comparisons"]} for report in reports]
+    assert set(pairs[0]) == {"perplexity", "exact_match", "token_f1"}
+    assert pairs[0]["perplexity"]["tuned"] < pairs[0]["perplexity"]["base"]
+    # The adapter switched off, and the base loaded by itself, are the same model.
+    assert pairs[0]["perplexity"]["base"] == pytest.approx(pairs[1]["perplexity"]["base"], rel=1e-5)
+    assert pairs[0]["perplexity"]["tuned"] == pytest.approx(pairs[1]["perplexity"]["tuned"], rel=1e-5)
+    assert "generated" in capsys.readouterr().out
+
+
+def test_eval_runs_a_suite_on_any_model(run, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine", "target": "yes"}\n{"text": "bad", "target": "no"}\n')
+    (tmp_path / "suite.yaml").write_text(
+        "tasks:\n  - {name: t, path: rows.jsonl, template: 'Good? {text}', options: [yes, no], metric: rank_accuracy}\n"
+    )
+    base = run.parent.parent / "base-llama"
+    evaluate(str(base), suite=tmp_path / "suite.yaml", compare=[str(run)], output=tmp_path / "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert {result["model"] for result in report["results"]} == {str(base), str(run)}
+    with pytest.raises(UserError, match="--suite"):
+        evaluate(str(base))
+
+
+def test_export_writes_what_others_load(run, tmp_path):
+    export(str(run), format="hf", output=tmp_path / "hf")
+    export(str(run), format="adapter", output=tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(run.parent.parent / "base-llama")
+    adapted = logits(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    assert (
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")) - adapted
+    ).abs().max() <= 1e-5 * adapted.abs().max()
+    with pytest.raises(UserError, match="not in this version"):
+        export(str(run), format="gguf")
+
+
+@pytest.mark.parametrize("method", ["full", "adapter"])
+def test_what_cannot_be_merged_says_so_and_is_evaluated(tmp_path, method):
+    train(write_recipe(tmp_path, method=method), [])
+    run = tmp_path / "runs" / "recipe-1"
+    with pytest.raises(UserError):
+        merge([str(run)])
+    assert not (run / "merged").exists()
+    evaluate(str(run), output=tmp_path / "out.json")
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["comparisons"]) == 3
+
+
+def test_plan_counts_without_weights(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "base-llama" / "model.safetensors").write_bytes(b"not weights")
+    plan(recipe, [], json=True)
+    figures = json.loads(capsys.readouterr().out)
+    # 14 linear layers of 2 blocks, rank 4: 4 * (in + out) each.
+    shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
+    assert figures["trainable_parameters"] == 2 * sum(4 * (a + b) for a, b in shapes)
+    assert figures["optimizer_steps"] == 6
+    assert figures["memory_bytes"]["optimizer"] == 8 * figures["trainable_parameters"]
+    train(recipe, [], dry_run=True)
+    assert "6 steps of 4 examples" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
