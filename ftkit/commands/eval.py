@@ -50,6 +50,7 @@ def evaluate(
     others = [find_target(name, offline=offline, trust_remote_code=trust_remote_code) for name in compare]
     targets += [other for other in others if not any(_same(other, known) for known in targets[1:])]
     check_labels(targets)
+    targets = _with_short_labels(targets)
 
     # 2. What they are asked.
     mode, tasks = _tasks(found, suite, limit, offline=offline, trust_remote_code=trust_remote_code)
@@ -100,6 +101,14 @@ def _tasks(
     if not documents:
         raise UserError(f"{target.run} held no rows back for validation", how="name a --suite FILE")
     return "auto", validation_tasks(documents, limit=limit)
+
+
+def _with_short_labels(targets: "list[Target]") -> "list[Target]":
+    """Paths by their last two parts, where that still tells them apart: tables are narrow."""
+    short = ["/".join(Path(t.label).parts[-2:]) if Path(t.label).exists() else t.label for t in targets]
+    if len(set(short)) < len(short):
+        return targets
+    return [replace(target, label=label) for target, label in zip(targets, short, strict=True)]
 
 
 def _same(one: "Target", other: "Target") -> bool:

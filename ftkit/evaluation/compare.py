@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ftkit.console import Console
 from ftkit.data.types import Example, Text
 from ftkit.evaluation.bootstrap import is_significant, percentile_interval, resample_scores
-from ftkit.evaluation.generation import generate
+from ftkit.evaluation.generation import cached_tokens, generate
 from ftkit.evaluation.items import Item, Task
 from ftkit.evaluation.likelihood import Likelihoods, score_targets
 from ftkit.evaluation.metrics import METRICS, Answer, Metric
@@ -194,7 +194,7 @@ class _Asker:
                 questions,
                 end_ids=self._end_ids(),
                 max_new_tokens=room,
-                max_tokens=self._max_tokens,
+                max_tokens=max(self._max_tokens, cached_tokens(self._model)),
                 is_complete=None if end is None else lambda ids: end in self._prompts.decode(ids),
                 on_progress=bar.update,
             )

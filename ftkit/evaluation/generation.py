@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+CACHE_BYTES, MOST_TOKENS = 2**30, 32_768
+"""Size of the key-value cache that batches are filled up to, and tokens of a batch at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -56,6 +59,18 @@ def generate(
         )
         on_progress(len(generations))
     return [generations[index] for index in range(len(prompts))]
+
+
+def cached_tokens(model: PreTrainedModel) -> int:
+    """Tokens whose keys and values take `CACHE_BYTES`, at most `MOST_TOKENS`.
+
+    A step of generation reads every weight once, however many rows it serves: large batches are nearly free.
+    """
+    config = model.config.get_text_config(decoder=True)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    bytes_per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return min(MOST_TOKENS, CACHE_BYTES // bytes_per_token)
 
 
 def _batches(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_tokens: int) -> Iterator[list[int]]:
