@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,9 @@ def find_target(
         if not name:
             raise UserError(f"{result} does not say which base model it belongs to", how="name it with --base")
         model = locate(name, ModelSection(revision=None if base else config.get("revision")))
+        if run is not None and base is None:
+            # A .gguf file is called by its name, not by that of the directory that it was converted to.
+            model = replace(model, name=load_recipe(run / RECIPE).recipe.base_model)
         return Target(text, model, result, result, run, model)
     if (result / "config.json").is_file():
         tuned_from = None

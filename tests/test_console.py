@@ -1,0 +1,59 @@
+import io
+
+import pytest
+
+from ftkit.console import Console, human_bytes, human_count, human_seconds, make_table
+
+
+def test_the_log_gets_what_the_terminal_shows_every_line_with_its_rank(tmp_path):
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.line("before")
+    console.open_log(tmp_path / "train.log", rank=1)
+    console.line("two\nlines [not markup]")
+    table = make_table("title", [("a", "left"), ("b", "right")])
+    table.add_row("x", "1")
+    console.table(table)
+    console.debug("log only")
+    console.close_log()
+    console.line("after")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert lines[:2] == ["[rank 1] two", "[rank 1] lines [not markup]"]
+    assert lines[-1] == "[rank 1] log only"
+    assert all(line.startswith("[rank 1] ") for line in lines)
+    assert "log only" not in stream.getvalue()
+    assert stream.getvalue().splitlines()[0] == "before"
+    assert stream.getvalue().splitlines()[-1] == "after"
+
+
+def test_a_quiet_console_still_logs(tmp_path):
+    stream = io.StringIO()
+    console = Console(quiet=True, stream=stream)
+    console.open_log(tmp_path / "train.log", rank=0)
+    console.warning("mind")
+    assert stream.getvalue() == ""
+    assert (tmp_path / "train.log").read_text() == "[rank 0] warning: mind\n"
+
+
+def test_progress_says_nothing_without_a_terminal():
+    stream = io.StringIO()
+    with Console(stream=stream).progress("work", total=2) as bar:
+        bar.update(1, "half")
+        bar.show("more", 2, 2)
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (human_bytes(512), "512 B"),
+        (human_bytes(1536), "1.5 KiB"),
+        (human_bytes(5 * 2**40), "5.0 TiB"),
+        (human_count(134515008), "134,515,008"),
+        (human_seconds(42.4), "42s"),
+        (human_seconds(600), "10m"),
+        (human_seconds(3725), "1h 02m"),
+    ],
+)
+def test_numbers_for_people(text, expected):
+    assert text == expected
