@@ -59,7 +59,7 @@ class Loop:
         with self.console.progress("training", total=total, completed=state.step) as bar, SignalWatch() as signals:
             if state.step == 0 and section.eval_on_start and self.plan.validation:
                 self._evaluate(state, saved=False)
-            while state.step < total:
+            while state.step < total and not self._stops_early(state):
                 rate = learning_rate(state.step, total, section)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
@@ -79,15 +79,16 @@ class Loop:
                 saves = last or state.step % save_every == 0 or interrupted
                 if evaluates:
                     self._evaluate(state, saved=saves)
-                patience = section.early_stopping_patience
-                stops = patience is not None and state.evaluations_without_gain >= patience
-                if saves or stops:
+                if saves or self._stops_early(state):
                     self.save(state)
                 if interrupted:
                     self._interrupt(state, signals)
-                if stops:
-                    self.console.line(f"stopped early: {patience} evaluations without a better metric")
-                    return
+        if state.step < total:
+            self.console.line(f"stopped early: {state.evaluations_without_gain} evaluations without a better metric")
+
+    def _stops_early(self, state: LoopState) -> bool:
+        patience = self.section.early_stopping_patience
+        return patience is not None and state.evaluations_without_gain >= patience
 
     def total_tokens_run(self) -> dict[str, int]:
         """`tokens_run` of all processes together. A collective."""

@@ -9,6 +9,7 @@ from ftkit.console import Console, human_count, make_table
 from ftkit.data.chat import ChatTemplate, chat_template_for
 from ftkit.data.encode import Encoder
 from ftkit.data.plan import Plan, make_plan
+from ftkit.errors import UserError
 from ftkit.models.load import BaseModel, find_base, load_config, load_tokenizer
 from ftkit.recipe.load import LoadedRecipe
 from ftkit.recipe.schema import DataSection, Recipe
@@ -71,7 +72,17 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
         plan = make_plan(
             recipe, encoder, base=directory, progress=lambda what, done, total: bar.show(what, done, total)
         )
+    _check_metric(recipe, plan)
     return Prepared(recipe, base, config, tokenizer, template, plan)
+
+
+def _check_metric(recipe: Recipe, plan: Plan) -> None:
+    """The metric for the best model is one that will be measured; default names are known only now."""
+    metric, known = recipe.training.metric_for_best_model, ["eval_loss", *(f"eval_loss_{n}" for n in plan.validation)]
+    if plan.validation and metric not in known:
+        raise UserError(
+            f"{metric} is not measured", key=("training", "metric_for_best_model"), how=f"choose {' or '.join(known)}"
+        )
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, section: DataSection) -> Encoder:

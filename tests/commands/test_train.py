@@ -190,15 +190,9 @@ def test_a_signal_ends_the_step_saves_and_tells_in_the_exit_code(tmp_path, numbe
 def test_early_stopping_and_the_best_checkpoint(tiny):
     recipe, runs = tiny
     # A huge rate makes every evaluation worse than the first.
-    train(
-        recipe,
-        [
-            "training.learning_rate=0.5",
-            "training.max_steps=60",
-            "training.early_stopping_patience=2",
-            "training.eval_steps=3",
-        ],
-    )
+    overrides = ["training.learning_rate=0.5", "training.max_steps=60", "training.eval_steps=3"]
+    overrides += ["training.early_stopping_patience=2"]
+    train(recipe, overrides)
     run = runs / "recipe-1"
     steps = [line["step"] for line in read_metrics(run)]
     assert max(steps) < 60
@@ -206,6 +200,10 @@ def test_early_stopping_and_the_best_checkpoint(tiny):
         line["step"]: line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line and line["step"]
     }
     best = min(evaluations, key=evaluations.get)
+    # Killed after the last checkpoint, before the result: a resumed run does not train on.
+    (run / "adapter").rename(run / "gone")
+    train(recipe, overrides, resume=True)
+    assert [line["step"] for line in read_metrics(run)] == steps
     assert sha(weights(run, "lora")) == sha(
         run / "checkpoints" / f"step-{best:08d}" / "adapter" / "adapter_model.safetensors"
     )
@@ -220,6 +218,7 @@ def test_early_stopping_and_the_best_checkpoint(tiny):
         (["data.train.0.path=empty.jsonl"], "empty"),
         (["training.learning_rate=fast"], "training.learning_rate"),
         (["method.type=magic"], "method"),
+        (["training.metric_for_best_model=eval_loss_other"], "choose eval_loss or eval_loss_rows"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tiny, overrides, message):
