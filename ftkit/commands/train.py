@@ -139,9 +139,10 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
 
     # 5. The result: the weights of the best or the last checkpoint.
     tokens = built.loop.total_tokens_run()
+    since = f" since step {start.checkpoint.step}" if start.checkpoint is not None else ""
     console.line(
         f"ran {human_count(tokens['training'])} tokens in training and {human_count(tokens['evaluation'])} in "
-        "evaluation, padding included"
+        f"evaluation{since}, padding included"
     )
 
     def publish() -> None:

@@ -110,6 +110,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, method):
     again = run_cli("train", recipe, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "going on with" in again.stdout
+    assert "in evaluation since step" in again.stdout
     assert sha(weights(runs / "recipe-2", method)) == sha(weights(runs / "recipe-1", method))
     assert read_metrics(runs / "recipe-2") == read_metrics(runs / "recipe-1")
     finished = run_cli("train", recipe, "--resume", cwd=tmp_path)
