@@ -121,16 +121,20 @@ def newest_run_of(recipe: Recipe, pattern: str, *, name: str) -> Path | None:
         reverse=True,
     )
     for path in candidates:
-        if _agrees(path, recipe):
+        if agrees(path, recipe):
             return path
     return None
 
 
-def _agrees(run: Path, recipe: Recipe) -> bool:
+def agrees(run: Path, recipe: Recipe) -> bool:
+    """Whether the run's recipe is `recipe` (resolved), changes to how often is logged aside."""
     try:
         theirs = resolve(load_recipe(run / RECIPE))
     except UserError:
         return False
+    if recipe.model.revision is None:
+        # A run's own recipe is pinned to the commit that it found.
+        theirs = theirs.model_copy(update={"model": theirs.model.model_copy(update={"revision": None})})
     return _comparable(theirs) == _comparable(recipe)
 
 

@@ -166,7 +166,7 @@ class Start:
 
 def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, console: Console) -> Start:
     """A new directory, or the one to go on in."""
-    from ftkit.runs import CHECKPOINTS, new_run_directory, newest_run_of
+    from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, RECIPE, agrees, move_aside, new_run_directory, newest_run_of
     from ftkit.training.checkpoint import Checkpoint, newest_verified, read_checkpoint, set_aside_later
 
     recipe, name = prepared.recipe, loaded.path.stem
@@ -174,6 +174,13 @@ def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, co
     if options.checkpoint is not None:
         checkpoint = read_checkpoint(options.checkpoint)
         run = checkpoint.path.resolve().parent.parent
+        if checkpoint.path.resolve().parent.name != CHECKPOINTS or not (run / RECIPE).is_file():
+            raise UserError(f"{options.checkpoint} lies in no run", how="name RUN/checkpoints/step-...")
+        if not agrees(run, resolve(loaded)):
+            raise UserError(
+                f"the recipe is not the one that {options.checkpoint} was written with",
+                how=f"name {run / RECIPE}, or train anew without --from",
+            )
     else:
         found = newest_run_of(resolve(loaded), recipe.output_dir, name=name) if options.resume else None
         if found is None:
@@ -195,6 +202,10 @@ def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, co
             how="train anew, without --resume and --from",
         )
     set_aside_later(checkpoint)
+    for name in (ADAPTER, MODEL):
+        # The result of a finished run that goes on from an earlier checkpoint: kept, and no longer the result.
+        if (run / name).is_dir():
+            move_aside(run / name)
     console.line(f"going on with {run} after step {checkpoint.step}")
     return Start(run, checkpoint)
 
@@ -212,7 +223,11 @@ def _write_records(
     from ftkit.runs import ENVIRONMENT, RECIPE, VALIDATION, describe_environment, write_json
 
     metrics.truncate(built.state.metrics_lines)
-    (run / RECIPE).write_text(dump_recipe(resolve(loaded)), encoding="utf-8")
+    recipe = resolve(loaded)
+    # A hub model is pinned, so that this file repeats the run after the branch has moved on.
+    pinned = recipe.model.model_copy(update={"revision": prepared.base.revision})
+    recipe = recipe.model_copy(update={"model": pinned})
+    (run / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
     write_json(run / VALIDATION, prepared.plan.validation_rows)
     write_json(
         run / ENVIRONMENT,

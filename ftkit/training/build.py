@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ftkit.console import Console, human_bytes, human_count
 from ftkit.distributed import World, whole
@@ -111,6 +111,8 @@ def build(
     if recipe.training.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
+    # Not used in training; transformers would refuse to save some that models ship. Ours is written beside.
+    model.generation_config = GenerationConfig()
 
     # 3. The root module, on its device, for one process or many.
     objective = Objective(model, num_datasets=len(plan.dataset_names), packed_attention=isolation.rung == "ftkit")

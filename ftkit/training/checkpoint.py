@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,10 +86,11 @@ def write_checkpoint(
             shutil.rmtree(final)
         staging.rename(final)
         _flush(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own for a full disk.
         shutil.rmtree(staging, ignore_errors=True)
         raise StorageError(
-            f"cannot write the checkpoint of step {step}: {error.strerror or error}",
+            f"cannot write the checkpoint of step {step}: {(isinstance(error, OSError) and error.strerror) or error}",
             where=str(final),
             how="free some space and go on with --resume; older checkpoints are intact",
         ) from error
@@ -197,6 +199,15 @@ def random_tensors(world: World) -> dict[str, Tensor]:
 def load_random(path: Path, world: World) -> None:
     """Restore this rank's generators."""
     tensors = load_file(path / RANDOM)
+    needed = [f"{rank}.{kind}" for rank in range(world.size) for kind in {"cpu", world.device.type}]
+    if set(needed) != set(tensors):
+        processes = len({name.split(".")[0] for name in tensors})
+        kind = "GPU" if any(name.endswith("cuda") for name in tensors) else "CPU"
+        raise UserError(
+            f"{path} was written by {processes} process(es) on {kind}, and this run has {world.size} on "
+            f"{world.device.type}",
+            how=f"go on with --num-processes {processes} on the same kind of device",
+        )
     torch.set_rng_state(tensors[f"{world.rank}.cpu"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(tensors[f"{world.rank}.cuda"], world.device)

@@ -130,6 +130,11 @@ class Loop:
     def _evaluate(self, state: LoopState, *, saved: bool) -> None:
         started = time.perf_counter()
         values = self.evaluate()
+        if not all(map(math.isfinite, values.values())):
+            raise NonFiniteError(
+                f"the validation loss after step {state.step} is not finite",
+                how="lower training.learning_rate, then go on with --resume",
+            )
         state.record_evaluation(values[self.section.metric_for_best_model], saved=saved)
         line = {"event": "eval", "step": state.step, "epoch": self._epoch(state), **values}
         self._write(line | {"timing": {"seconds": time.perf_counter() - started}})

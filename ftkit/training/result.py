@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,13 +14,17 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from ftkit.console import human_bytes
+from ftkit.errors import StorageError
 from ftkit.methods.base import Method
 from ftkit.methods.files import BaseIdentity
-from ftkit.models.files import CONFIG_NAME
+from ftkit.models.files import CONFIG_NAME, read_json
 from ftkit.models.load import local_directory
-from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL
+from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, write_json
+from ftkit.training.checkpoint import find_damage
 from ftkit.training.prepare import Prepared
 from ftkit.training.state import LoopState
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -56,20 +61,19 @@ def write_weights(
     method.save(model, prepared.recipe.method, directory, identity, state=state)
     prepared.template.save_to(prepared.tokenizer)
     prepared.tokenizer.save_pretrained(directory)
-    _generation_config(prepared).save_pretrained(directory)
+    write_json(directory / GENERATION_CONFIG, _generation_config(prepared))
 
 
-def _generation_config(prepared: Prepared) -> GenerationConfig:
-    """The base's, stopping at every token that ends a trained turn: else the tuned model would not stop."""
-    base = local_directory(prepared.base, weights=False)
-    if (base / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(base, local_files_only=True)
-    else:
-        config = GenerationConfig.from_model_config(prepared.config)
-    known = config.eos_token_id
+def _generation_config(prepared: Prepared) -> dict[str, Any]:
+    """The base's, stopping at every token that ends a trained turn: else the tuned model would not stop.
+
+    As plain JSON: transformers refuses to save what many models ship, such as a temperature without sampling.
+    """
+    path = local_directory(prepared.base, weights=False) / GENERATION_CONFIG
+    config = read_json(path) if path.is_file() else GenerationConfig.from_model_config(prepared.config).to_diff_dict()
+    known = config.get("eos_token_id")
     known = [] if known is None else [known] if isinstance(known, int) else list(known)
-    config.eos_token_id = list(dict.fromkeys([*prepared.template.end_of_turn_ids, *known]))
-    return config
+    return config | {"eos_token_id": list(dict.fromkeys([*prepared.template.end_of_turn_ids, *known]))}
 
 
 def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: Method) -> Result:
@@ -81,6 +85,12 @@ def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: M
     step = state.best_step if final == "best" and state.best_step is not None else state.step
     source = run / CHECKPOINTS / f"step-{step:08d}" / result_name(method)
     target = run / result_name(method)
+    if (damage := find_damage(source.parent)) is not None:
+        raise StorageError(
+            f"the checkpoint to publish is damaged: {damage}",
+            where=str(source.parent),
+            how="go on from another with --from",
+        )
     staging = run / f".staging-{result_name(method)}"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.copytree(source, staging)

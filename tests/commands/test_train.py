@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -132,6 +133,33 @@ def test_from_a_checkpoint_the_later_ones_are_set_aside(tiny):
     }  # fmt: skip
 
 
+def test_from_refuses_another_recipe_and_a_checkpoint_outside_a_run(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    checkpoint = runs / "recipe-1" / "checkpoints" / "step-00000003"
+    before = sha(weights(runs / "recipe-1", "lora"))
+    with pytest.raises(UserError, match="recipe is not the one"):
+        train(recipe, ["method.alpha=800"], checkpoint=checkpoint)
+    elsewhere = recipe.parent / "a" / "b" / checkpoint.name
+    shutil.copytree(checkpoint, elsewhere)
+    with pytest.raises(UserError, match="lies in no run"):
+        train(recipe, [], checkpoint=elsewhere)
+    assert sha(weights(runs / "recipe-1", "lora")) == before
+    assert not (recipe.parent / "a" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_generation_config_that_transformers_would_not_save_is_kept(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, method=method)
+    odd = {"temperature": 0.6, "top_p": 0.9, "do_sample": False, "eos_token_id": 256}
+    (tmp_path / "base-llama" / "generation_config.json").write_text(json.dumps(odd))
+    train(recipe, [])
+    result = tmp_path / "runs" / "recipe-1" / ("model" if method == "full" else "adapter")
+    kept = json.loads((result / "generation_config.json").read_text())
+    assert kept == odd | {"eos_token_id": [258, 256]}
+
+
 def test_changed_data_is_not_resumed(tiny):
     recipe, runs = tiny
     train(recipe, [])
@@ -157,7 +185,7 @@ def test_a_taken_directory_is_refused_and_untouched_or_moved_aside(tiny):
 def test_a_loss_that_is_not_finite_stops_before_the_step(tiny):
     recipe, runs = tiny
     with pytest.raises(NonFiniteError, match=r"step \d+ is not finite \(rows rows:"):
-        train(recipe, ["training.learning_rate=1e30", "training.max_grad_norm=null", "training.eval_steps=1"])
+        train(recipe, ["training.learning_rate=1e30", "training.max_grad_norm=null", "training.eval_steps=6"])
     saved = sorted((runs / "recipe-1" / "checkpoints").glob("step-*"))
     for path in saved:
         tensors = load_file(path / "adapter" / "adapter_model.safetensors")
