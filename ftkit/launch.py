@@ -1,6 +1,6 @@
 """Several processes on this machine (or this machine's part of several), started and watched by one parent.
 
-The parent imports no torch. It speaks torch's environment variables, so that a run started by torchrun, srun or
+The parent imports no torch. It speaks torch's environment variables, so that a run started by torchrun or
 `accelerate launch` looks the same from inside, and it keeps the exit code of the process that failed first, which
 torchrun would turn into 1.
 """
@@ -37,7 +37,7 @@ class LaunchPlan:
 
 
 def launched_by_another() -> bool:
-    """Whether torchrun, srun or `accelerate launch` started this process as one of several."""
+    """Whether torchrun or `accelerate launch` started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

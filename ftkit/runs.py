@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ftkit.errors import UserError
+from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
 from ftkit.recipe.load import load_recipe, resolve
 from ftkit.recipe.schema import ModelSection, Recipe
@@ -77,7 +78,7 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
     path = Path(text)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file", key=("output_dir",), how="choose another output_dir")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(entry.name != LOG for entry in path.iterdir()):
         if not overwrite:
             kind = "already holds a run" if (path / RECIPE).exists() else "is not empty"
             raise UserError(
@@ -261,7 +262,7 @@ def find_target(
     run = _run_of(path)
     result = next((path / part for part in (ADAPTER, MODEL) if (path / part).is_dir()), path)
     if (result / "adapter_config.json").is_file():
-        config = json.loads((result / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(result / "adapter_config.json")
         name = base or config.get("base_model_name_or_path")
         if not name:
             raise UserError(f"{result} does not say which base model it belongs to", how="name it with --base")

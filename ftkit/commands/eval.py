@@ -38,6 +38,8 @@ def evaluate(
     from ftkit.runs import find_target, write_json
 
     console = Console()
+    if output is not None and output.is_dir():
+        raise UserError(f"{output} is a directory", how="name a file: --output FILE.json")
 
     # 1. Who takes part: the target, its base, what else was named.
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)

@@ -126,7 +126,8 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
     metrics = MetricsFile(start.run / METRICS)
     try:
         built = build(prepared, world, console, metrics=metrics, run=start.run, checkpoint=start.checkpoint)
-    except FtkitError:
+    except BaseException:
+        # Also Ctrl-C and bugs: an empty directory would be in the way of the next try.
         console.close_log()
         if world.is_main:
             discard_unstarted(start.run)

@@ -5,7 +5,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -77,10 +78,11 @@ class Loop:
                 evaluates = bool(self.plan.validation) and (last or state.step % eval_every == 0)
                 interrupted = self.world.any(signals.received is not None)
                 saves = last or state.step % save_every == 0 or interrupted
-                if evaluates:
-                    self._evaluate(state, saved=saves)
-                if saves or self._stops_early(state):
-                    self.save(state)
+                with clock.paused():
+                    if evaluates:
+                        self._evaluate(state, saved=saves)
+                    if saves or self._stops_early(state):
+                        self.save(state)
                 if interrupted:
                     self._interrupt(state, signals)
         if state.step < total:
@@ -241,6 +243,15 @@ class _Clock:
         now = time.perf_counter()
         seconds, self._lap = now - self._lap, now
         return seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluations and saves are no training time: they would falsify tokens per second."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._lap += seconds
+        self._from_time += seconds
 
     def seconds_per_step(self, step: int) -> float:
         mean = (self._lap - self._from_time) / (step - self._from_step)
