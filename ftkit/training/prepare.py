@@ -69,9 +69,7 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
     template = chat_template_for(tokenizer, recipe.model, directory, recipe.data.chat_template_kwargs)
     encoder = make_encoder(tokenizer, template, recipe.data)
     with console.progress("preparing data", total=1) as bar:
-        plan = make_plan(
-            recipe, encoder, base=directory, progress=lambda what, done, total: bar.show(what, done, total)
-        )
+        plan = make_plan(recipe, encoder, base=directory, progress=bar.show)
     _check_metric(recipe, plan)
     return Prepared(recipe, base, config, tokenizer, template, plan)
 
