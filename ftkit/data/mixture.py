@@ -6,6 +6,7 @@ other choice.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ _CHUNK = 4096
 
 
 class Draw(NamedTuple):
-    """One row of an epoch."""
+    """A row of the mixture."""
 
     dataset: int
     """Index into the mixture's data sets."""
@@ -139,48 +140,92 @@ def _texts(value: Any) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------------- draws
 
 
+class Draws(NamedTuple):
+    """The rows of one epoch, in order."""
+
+    dataset: np.ndarray
+    """int64 [N], indices into the mixture's data sets."""
+    position: np.ndarray
+    """int64 [N], each one's place among its data set's training rows, from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What mixing needs to know of a data set."""
+
+    name: str
+    """Its label; with the seed it decides the order of its rows."""
+    size: int
+    """Its training rows."""
+    weight: float = 1.0
+    repeat: int | None = None
+    """How often its rows may be used; None: as often as the mixture wants."""
+
+
+def mixing_rates(sources: Sequence[Source], mixing: MixingSection) -> np.ndarray:
+    """Rows of each data set in an epoch, as the strategy wants them before rounding; float64 [data sets].
+
+    concat: all of them. proportional: min(n, maximum), examples-proportional mixing with a cap (Raffel et al. 2020,
+    https://arxiv.org/abs/1910.10683, section 3.5.2; FLAN, https://arxiv.org/abs/2109.01652, section 2.1).
+    temperature: shares proportional to min(n, maximum)^(1 / temperature). weights: shares proportional to the weights.
+    Except for concat, each data set's `weight` multiplies its rate. `epoch_size` sets the sum; without it an epoch is
+    the sum of the capped sizes for proportional, and of all sizes elsewhere.
+    """
+    sizes = np.array([source.size for source in sources], np.float64)
+    if mixing.strategy == "concat":
+        return sizes
+    weights = np.array([source.weight for source in sources], np.float64)
+    capped = np.minimum(sizes, mixing.maximum if mixing.maximum is not None else np.inf)
+    if mixing.strategy == "weights":
+        rates, total = weights, sizes.sum()
+    elif mixing.strategy == "proportional":
+        rates, total = weights * capped, (weights * capped).sum()
+    else:
+        rates, total = weights * capped ** (1.0 / mixing.temperature), sizes.sum()
+    return rates / rates.sum() * (mixing.epoch_size or total)
+
+
 def draw_epoch(
-    sizes: Sequence[int],
-    names: Sequence[str],
-    weights: Sequence[float],
-    mixing: MixingSection,
-    *,
-    epoch: int,
-    drawn_before: Sequence[int],
-    seed: int,
-) -> list[Draw]:
+    sources: Sequence[Source], mixing: MixingSection, *, epoch: int, drawn_before: Sequence[int], seed: int
+) -> Draws:
     """The rows of one epoch, in order.
 
-    concat: every row once, shuffled over the whole mixture, each epoch in another order. weights: a data set is drawn
-    for every place at the rate of its weight, and gives the next row of its own shuffled order, shuffled again
-    whenever it is through; the next epoch goes on where this one stopped.
+    Each data set gives the next rows of its own shuffled order, shuffled again whenever it is through; the next epoch
+    goes on where this one stopped. How many is its rate, a fraction left over rounded up or down at random so that the
+    epoch's size is kept (systematic sampling). With `stopping` the data set of every place is drawn at the rates until
+    the first (or the last) one is through.
 
     Args:
-        sizes: training rows of each data set.
-        names: the data sets' labels; with the seed they decide each one's own order.
-        weights: rates, of any sum.
+        sources: the data sets.
         mixing: the recipe's section.
         epoch: number of the epoch, from 0.
         drawn_before: rows drawn from each data set in the epochs before this one.
         seed: the recipe's.
     """
     rng = random_generator(seed, "epoch", epoch)
-    if mixing.strategy == "concat":
-        rows = [Draw(dataset, position) for dataset, size in enumerate(sizes) for position in range(size)]
-        return [rows[index] for index in rng.permutation(len(rows))]
-    order = _draw_datasets(rng, np.asarray(sizes), np.asarray(weights, dtype=np.float64), mixing)
-    walks = [_walk(size, name, start, seed) for size, name, start in zip(sizes, names, drawn_before, strict=True)]
-    return [Draw(int(dataset), next(walks[dataset])) for dataset in order]
+    rates = mixing_rates(sources, mixing)
+    if mixing.stopping is not None:
+        order = _draw_until(rng, np.array([source.size for source in sources]), rates, mixing.stopping)
+    else:
+        # A shift of all bounds by the same random part of a row: counts add up, and are right on average.
+        bounds = np.floor(np.concatenate([[0.0], np.cumsum(rates)]) + (rng.random() if _has_fractions(rates) else 0.5))
+        order = rng.permutation(np.repeat(np.arange(len(sources)), np.diff(bounds).astype(np.int64)))
+    order = _without_used_up(order, sources, drawn_before)
+    position = np.empty(len(order), np.int64)
+    for index, source in enumerate(sources):
+        places = np.flatnonzero(order == index)
+        position[places] = _walk(source, drawn_before[index], len(places), seed)
+    return Draws(order, position)
 
 
-def _draw_datasets(
-    rng: np.random.Generator, sizes: np.ndarray, weights: np.ndarray, mixing: MixingSection
-) -> np.ndarray:
-    """The data set of every place of an epoch, independent draws at the rates of the weights; int64 [places]."""
-    bounds = np.cumsum(weights) / weights.sum()
+def _has_fractions(rates: np.ndarray) -> bool:
+    return bool(np.abs(rates - np.round(rates)).max() > 1e-6)
+
+
+def _draw_until(rng: np.random.Generator, sizes: np.ndarray, rates: np.ndarray, stopping: str) -> np.ndarray:
+    """The data set of every place, independent draws at the rates, until one or all have been seen once."""
+    bounds = np.cumsum(rates) / rates.sum()
     bounds[-1] = 1.0
-    if mixing.stopping is None:
-        return np.searchsorted(bounds, rng.random(mixing.epoch_size or int(sizes.sum())), side="right")
     order = np.empty(0, dtype=np.int64)
     while True:
         more = rng.random(max(_CHUNK, len(order)))
@@ -190,16 +235,27 @@ def _draw_datasets(
             int(np.flatnonzero(order == dataset)[size - 1]) + 1 if (order == dataset).sum() >= size else len(order) + 1
             for dataset, size in enumerate(sizes)
         ]
-        end = min(through) if mixing.stopping == "first_exhausted" else max(through)
+        end = min(through) if stopping == "first_exhausted" else max(through)
         if end <= len(order):
             return order[:end]
 
 
-def _walk(size: int, name: str, start: int, seed: int) -> Iterator[int]:
-    """The data set's rows from its `start`-th draw on: one shuffled order after another, without end."""
-    turn, position = divmod(start, size)
-    while True:
-        order = random_generator(seed, "walk", name, turn).permutation(size)
-        for index in order[position:]:
-            yield int(index)
-        turn, position = turn + 1, 0
+def _without_used_up(order: np.ndarray, sources: Sequence[Source], drawn_before: Sequence[int]) -> np.ndarray:
+    """Without the draws of data sets whose rows have been used as often as they may be; the epoch gets shorter."""
+    keep = np.ones(len(order), bool)
+    for index, source in enumerate(sources):
+        if source.repeat is not None:
+            left = max(0, source.repeat * source.size - drawn_before[index])
+            keep[np.flatnonzero(order == index)[left:]] = False
+    return order[keep]
+
+
+def _walk(source: Source, start: int, count: int, seed: int) -> np.ndarray:
+    """`count` of the data set's rows from its `start`-th draw on: one shuffled order after another; int64 [count]."""
+    parts, needed = [np.empty(0, np.int64)], count
+    turn, at = divmod(start, source.size)
+    while needed > 0:
+        order = random_generator(seed, "walk", source.name, turn).permutation(source.size)[at : at + needed]
+        parts.append(order)
+        needed, turn, at = needed - len(order), turn + 1, 0
+    return np.concatenate(parts)
