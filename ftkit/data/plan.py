@@ -1,7 +1,7 @@
 """The whole run before its first step: every row read and encoded, every batch of every epoch drawn."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from ftkit.data.encode import Encoder
 from ftkit.data.mixture import draw_epoch, random_generator, split_validation
 from ftkit.data.sources import dataset_names
 from ftkit.data.types import DatasetCounts, Document, EncodedExample
-from ftkit.errors import Problem, UserError
+from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.schema import DatasetSection, MixingSection, Recipe
 
 
@@ -86,14 +86,18 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe, encoder: Encoder, *, base: Path, progress: Progress = lambda what, done, total: None
+    recipe: Recipe,
+    encoder: Encoder,
+    *,
+    directory: Callable[[KeyPath], Path],
+    progress: Progress = lambda what, done, total: None,
 ) -> Plan:
     """Read, parse, split and encode all data, and draw every batch of the run.
 
     Args:
         recipe: the whole recipe.
         encoder: turns documents into examples.
-        base: directory that relative paths start from.
+        directory: of a key whose value is a relative path, where that path starts (`LoadedRecipe.directory`).
         progress: told how far it is; called for every row.
 
     Raises:
@@ -101,8 +105,8 @@ def make_plan(
     """
     _check_mixing(recipe.data.mixing)
     # 1. Rows -> documents, and which of them are measured and never trained on.
-    train = _load(recipe.data.train, "train", base, recipe.seed, progress)
-    evaluation = _load(recipe.data.eval, "eval", base, recipe.seed, progress)
+    train = _load(recipe.data.train, "train", directory, recipe.seed, progress)
+    evaluation = _load(recipe.data.eval, "eval", directory, recipe.seed, progress)
     names = [corpus.name for corpus in train]
     held_out: list[list[int]] = [[] for _ in train]
     if not evaluation:
@@ -155,14 +159,21 @@ def make_plan(
     return plan
 
 
-def _load(datasets: Sequence[DatasetSection], which: str, base: Path, seed: int, progress: Progress) -> list[Corpus]:
+def _load(
+    datasets: Sequence[DatasetSection],
+    which: str,
+    directory: Callable[[KeyPath], Path],
+    seed: int,
+    progress: Progress,
+) -> list[Corpus]:
     """All data sets of one list of the recipe, or one error for all that are wrong."""
     corpora: list[Corpus] = []
     problems: list[Problem] = []
     for index, (dataset, name) in enumerate(zip(datasets, dataset_names(datasets), strict=True)):
         progress(f"reading {name}", index, len(datasets))
         try:
-            corpora.append(load_corpus(dataset, name, base=base, key=("data", which, index), seed=seed))
+            key = ("data", which, index)
+            corpora.append(load_corpus(dataset, name, base=directory((*key, "path")), key=key, seed=seed))
         except UserError as error:
             problems += error.problems
     if problems:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ftkit.commands.train import train
 from ftkit.errors import NonFiniteError, UserError
 from ftkit.recipe.load import load_recipe
+from tests.tiny_models import CHATML
 from tests.tiny_runs import METHODS, cli_command, cli_environment, losses, read_metrics, run_cli, write_recipe
 
 
@@ -65,6 +66,30 @@ def test_the_same_recipe_gives_the_same_bytes_and_its_resolved_form_too(tiny):
     for other in ("recipe-2", "recipe-3"):
         assert sha(weights(runs / other, "lora")) == sha(weights(runs / "recipe-1", "lora"))
         assert read_metrics(runs / other) == read_metrics(runs / "recipe-1")
+
+
+def test_paths_on_the_command_line_are_the_working_directorys(tiny, tmp_path, monkeypatch):
+    recipe, _ = tiny
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "base-llama").rename(here / "m")
+    (tmp_path / "rows.jsonl").rename(here / "my.jsonl")
+    (here / "chat.jinja").write_text(CHATML)
+    monkeypatch.chdir(here)
+    train(recipe, ["base_model=m", "data.train.0.path=my.jsonl", "model.chat_template=chat.jinja", "output_dir=run"])
+    # The resolved recipe repeats it from anywhere.
+    monkeypatch.chdir(tmp_path)
+    train(here / "run" / "recipe.yaml", [])
+    assert read_metrics(here / "run-1") == read_metrics(here / "run")
+    with pytest.raises(UserError, match=f"no such model: {tmp_path}/m; "):
+        train(recipe, ["base_model=./m"])
+    with pytest.raises(UserError, match=f"there is no {tmp_path}/org/m;"):
+        train(recipe, ["base_model=org/m"])
+    model = f"base_model={here / 'm'}"
+    with pytest.raises(UserError, match=f"command line: data.train.0.path: no such file: {tmp_path}/my.jsonl;"):
+        train(recipe, [model, "data.train.0.path=my.jsonl"])
+    with pytest.raises(UserError, match=f"no such file: {tmp_path}/chat.jinja,"):
+        train(recipe, [model, "model.chat_template=chat.jinja"])
 
 
 def test_another_seed_gives_another_run(tiny):
