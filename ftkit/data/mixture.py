@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftkit.errors import UserError
-from ftkit.recipe.schema import MixingSection
+from ftkit.recipe.schema import DEFAULT_TEMPERATURE, MixingSection
 
 MAX_VALIDATION_ROWS = 500
 """More rows hardly narrow an estimate of the loss, and every evaluation pays for them."""
@@ -175,13 +175,14 @@ def mixing_rates(sources: Sequence[Source], mixing: MixingSection) -> np.ndarray
     if mixing.strategy == "concat":
         return sizes
     weights = np.array([source.weight for source in sources], np.float64)
-    capped = np.minimum(sizes, mixing.maximum if mixing.maximum is not None else np.inf)
+    capped = np.minimum(sizes, np.inf if mixing.cap is None else mixing.cap)
     if mixing.strategy == "weights":
         rates, total = weights, sizes.sum()
     elif mixing.strategy == "proportional":
         rates, total = weights * capped, (weights * capped).sum()
     else:
-        rates, total = weights * capped ** (1.0 / mixing.temperature), sizes.sum()
+        temperature = mixing.temperature or DEFAULT_TEMPERATURE
+        rates, total = weights * capped ** (1.0 / temperature), sizes.sum()
     return rates / rates.sum() * (mixing.epoch_size or total)
 
 
@@ -208,7 +209,9 @@ def draw_epoch(
         order = _draw_until(rng, np.array([source.size for source in sources]), rates, mixing.stopping)
     else:
         # A shift of all bounds by the same random part of a row: counts add up, and are right on average.
-        bounds = np.floor(np.concatenate([[0.0], np.cumsum(rates)]) + (rng.random() if _has_fractions(rates) else 0.5))
+        ends = np.cumsum(rates)
+        ends[-1] = round(ends[-1])
+        bounds = np.floor(np.concatenate([[0.0], ends]) + (rng.random() if _has_fractions(rates) else 0.5))
         order = rng.permutation(np.repeat(np.arange(len(sources)), np.diff(bounds).astype(np.int64)))
     order = _without_used_up(order, sources, drawn_before)
     position = np.empty(len(order), np.int64)

@@ -1,25 +1,34 @@
-"""Files of records, one reader a kind: every record with its place, every problem of a file at once.
+"""Files of records, one reader a kind: a stream of records, each with its place, and of what is wrong between them.
 
-json and jsonl are read here and not by a library, because users need the line of a bad row.
+json and jsonl are read here and not by a library, because users need the line of a bad row. jsonl, csv and parquet are
+never in memory as a whole; a .json list is, as text.
 """
 
 import csv
-import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ftkit.errors import Problem
 
 
-class Contents(NamedTuple):
-    """What a file holds."""
+class Record(NamedTuple):
+    """A record and its place."""
 
-    records: list[tuple[str, dict[str, Any]]]
-    """(place, fields); the place is `file:line`, or `file: row N` (from 0) where the file has no lines."""
-    problems: list[Problem]
+    where: str
+    """`file:line`, or `file: row N` (from 0) where the file has no lines."""
+    fields: dict[str, Any]
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be read, in a file that goes on after it; what ends a file is a bare `Problem`."""
+
+    problem: Problem
+
+
+Stream = Iterator[Record | BadRecord | Problem]
 
 
 class Item(NamedTuple):
@@ -29,7 +38,11 @@ class Item(NamedTuple):
     value: Any
 
 
-def read_json(path: Path, name: str) -> Contents:
+MAX_LINE = 64 * 2**20
+"""Bytes of a line; no document is longer, but a file without line ends may be."""
+
+
+def read_json(path: Path, name: str) -> Stream:
     """A list of objects, an object around one list of them, or (under the wrong suffix) JSON lines.
 
     Of an object the only list of objects is taken; of Super-NaturalInstructions, `Instances`, each with the file's
@@ -39,112 +52,117 @@ def read_json(path: Path, name: str) -> Contents:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return Contents([], [_not_utf8(name, data, error)])
+        yield _not_utf8(name, data, error)
+        return
+    del data
     start = _skip_space(text, 0)
     if start == len(text):
-        return Contents([], [_is_empty(name)])
+        yield _is_empty(name)
+        return
     if text[start] == "{" and _first_of_many_lines(text[start:]):
-        return read_jsonl(path, name)
+        yield from read_jsonl(path, name)
+        return
+    found = 0
     try:
-        if text[start] == "[":
-            items, end = _scan_list(text, start)
-        elif text[start] == "{":
-            values, end = _scan_object(text, start)
-            items = _main_list(values)
-        else:
-            raise json.JSONDecodeError("expected a list or an object", text, start)
-        if (end := _skip_space(text, end)) != len(text):
-            raise json.JSONDecodeError("text after the end of the JSON value", text, end)
+        for line, item in _scan(text, start):
+            found += 1
+            yield _kept(name, line, item)
     except _NoListError as error:
-        how = "give a list of objects, or one object a line in a .jsonl file"
-        return Contents([], [Problem(str(error), how, name)])
+        yield Problem(str(error), "give a list of objects, or one object a line in a .jsonl file", name)
+        return
     except (ValueError, RecursionError) as error:
-        return Contents([], [_malformed(name, error)])
-    return _keep_objects(name, items) if items else Contents([], [_is_empty(name)])
+        yield _malformed(name, error)
+        return
+    if not found:
+        yield _is_empty(name)
 
 
-def read_jsonl(path: Path, name: str) -> Contents:
+def read_jsonl(path: Path, name: str) -> Stream:
     """One JSON object a line; blank lines are skipped."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    items: list[Item] = []
-    problems: list[Problem] = []
-    # Split on bytes: str.splitlines also breaks at U+2028, which JSON strings may hold.
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            items.append(Item(number, json.loads(line.decode("utf-8"))))
-        except UnicodeDecodeError as error:
-            problems.append(_not_utf8(name, line, error, line=number))
-        except (ValueError, RecursionError) as error:
-            problems.append(_malformed(name, error, line=number))
-    if not items and not problems:
-        problems.append(_is_empty(name))
-    contents = _keep_objects(name, items)
-    return Contents(contents.records, problems + contents.problems)
+    found = False
+    with path.open("rb") as file:
+        # Lines of bytes: str.splitlines also breaks at U+2028, which JSON strings may hold.
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            if len(line) > MAX_LINE:
+                how = "put each object on a line of its own"
+                yield Problem(f"the line is longer than {MAX_LINE // 2**20} MiB", how, f"{name}:{number}")
+                return
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            found = True
+            try:
+                yield _kept(name, number, json.loads(line.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                yield BadRecord(_not_utf8(name, line, error, line=number))
+            except (ValueError, RecursionError) as error:
+                yield BadRecord(_malformed(name, error, line=number))
+    if not found:
+        yield _is_empty(name)
 
 
-def read_csv(path: Path, name: str, *, delimiter: str = ",") -> Contents:
+def read_csv(path: Path, name: str, *, delimiter: str = ",") -> Stream:
     """A table with a header line; every value is text."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        return Contents([], [_not_utf8(name, data, error)])
     # The module's own limit of 131,072 characters a value is far below what long documents need.
     csv.field_size_limit(2**31 - 1)
-    # Not strict, a quote that is never closed would swallow the rest of the file in silence.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    records: list[tuple[str, dict[str, Any]]] = []
-    problems: list[Problem] = []
     header: list[str] | None = None
-    line = 1
-    try:
-        for values in reader:
-            # `line_num` is the last line of a record, which may hold line breaks.
-            place, line = f"{name}:{line}", reader.line_num + 1
-            if not values:
-                continue
-            if header is None:
-                header = values
-                if len(set(header)) < len(header) or "" in header:
-                    return Contents([], [Problem("an empty or a repeated column name", "name every column", place)])
-            elif len(values) != len(header):
-                problems.append(
-                    Problem(f"{len(values)} values for {len(header)} columns", "quote values that hold commas", place)
-                )
-            else:
-                records.append((place, dict(zip(header, values, strict=True))))
-    except csv.Error as error:
-        how = "close the quotes and double those within"
-        problems.append(Problem(f"malformed CSV: {error}", how, f"{name}:{line}"))
-    if not records and not problems:
-        problems.append(_is_empty(name))
-    return Contents(records, problems)
+    found, line = False, 1
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # Not strict, a quote that is never closed would swallow the rest of the file in silence.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            for values in reader:
+                # `line_num` is the last line of a record, which may hold line breaks.
+                place, line = f"{name}:{line}", reader.line_num + 1
+                if not values:
+                    continue
+                if header is None:
+                    header = values
+                    if len(set(header)) < len(header) or "" in header:
+                        yield Problem("an empty or a repeated column name", "name every column", place)
+                        return
+                    continue
+                found = True
+                if len(values) != len(header):
+                    what = f"{len(values)} values for {len(header)} columns"
+                    yield BadRecord(Problem(what, "quote values that hold commas", place))
+                else:
+                    yield Record(place, dict(zip(header, values, strict=True)))
+        except csv.Error as error:
+            yield Problem(f"malformed CSV: {error}", "close the quotes and double those within", f"{name}:{line}")
+            return
+        except UnicodeDecodeError as error:
+            yield _first_not_utf8(path, name, error)
+            return
+    if not found:
+        yield _is_empty(name)
 
 
-def read_tsv(path: Path, name: str) -> Contents:
+def read_tsv(path: Path, name: str) -> Stream:
     """As csv, with tabs between the values."""
     return read_csv(path, name, delimiter="\t")
 
 
-def read_parquet(path: Path, name: str) -> Contents:
+def read_parquet(path: Path, name: str) -> Stream:
     """An Arrow table."""
     import pyarrow
     import pyarrow.parquet
 
+    index = 0
     try:
         # Not `read_table`: on a path it looks for a partitioned data set and invents columns from folder names.
-        table = pyarrow.parquet.ParquetFile(path).read()
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield Record(f"{name}: row {index}", drop_struct_nulls(row))
+                index += 1
     except pyarrow.ArrowException as error:
-        return Contents([], [Problem(f"not a parquet file: {error}", "write it again", name)])
-    if table.num_rows == 0:
-        return Contents([], [_is_empty(name)])
-    rows = table.to_pylist()
-    return Contents([(f"{name}: row {index}", drop_struct_nulls(row)) for index, row in enumerate(rows)], [])
+        yield Problem(f"not a parquet file: {error}", "write it again", name)
+        return
+    if index == 0:
+        yield _is_empty(name)
 
 
-READERS: dict[str, Callable[[Path, str], Contents]] = {
+READERS: dict[str, Callable[[Path, str], Stream]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -185,21 +203,48 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-def _scan_list(text: str, at: int) -> tuple[list[Item], int]:
-    """The list whose bracket is at `at`, and the place after it."""
+def _scan(text: str, start: int) -> Iterator[Item]:
+    """The records of a whole JSON text that begins at `start`."""
+    if text[start] == "[":
+        end = yield from _scan_list(text, start)
+        _expect_end(text, end)
+    elif text[start] == "{":
+        values, end = _scan_object(text, start)
+        _expect_end(text, end)
+        yield from _main_list(values)
+    else:
+        raise json.JSONDecodeError("expected a list or an object", text, start)
+
+
+def _expect_end(text: str, at: int) -> None:
+    if (end := _skip_space(text, at)) != len(text):
+        raise json.JSONDecodeError("text after the end of the JSON value", text, end)
+
+
+def _scan_list(text: str, at: int) -> Generator[Item, None, int]:
+    """The values of the list whose bracket is at `at`; returns the place after it."""
     line, counted = text.count("\n", 0, at) + 1, at
-    items: list[Item] = []
     at = _skip_space(text, at + 1)
     if text.startswith("]", at):
-        return items, at + 1
+        return at + 1
     while True:
         line, counted = line + text.count("\n", counted, at), at
         value, at = _DECODER.raw_decode(text, at)
-        items.append(Item(line, value))
+        yield Item(line, value)
         at = _skip_space(text, at)
         if text.startswith("]", at):
-            return items, at + 1
+            return at + 1
         at = _skip_space(text, _expect(text, at, ","))
+
+
+def _whole_list(text: str, at: int) -> tuple[list[Item], int]:
+    items: list[Item] = []
+    scan = _scan_list(text, at)
+    while True:
+        try:
+            items.append(next(scan))
+        except StopIteration as end:
+            return items, end.value
 
 
 def _scan_object(text: str, at: int) -> tuple[dict[str, Any], int]:
@@ -213,7 +258,7 @@ def _scan_object(text: str, at: int) -> tuple[dict[str, Any], int]:
         if not isinstance(key, str):
             raise json.JSONDecodeError("expected a name in quotes", text, at)
         at = _skip_space(text, _expect(text, _skip_space(text, at), ":"))
-        values[key], at = _scan_list(text, at) if text.startswith("[", at) else _DECODER.raw_decode(text, at)
+        values[key], at = _whole_list(text, at) if text.startswith("[", at) else _DECODER.raw_decode(text, at)
         at = _skip_space(text, at)
         if text.startswith("}", at):
             return values, at + 1
@@ -255,14 +300,11 @@ def _first_of_many_lines(text: str) -> bool:
         return False
 
 
-def _keep_objects(name: str, items: list[Item]) -> Contents:
-    records = [(f"{name}:{line}", item) for line, item in items if isinstance(item, dict)]
-    problems = [
-        Problem(f"expected an object, found {_kind(item)}", "give every record as {...}", f"{name}:{line}")
-        for line, item in items
-        if not isinstance(item, dict)
-    ]
-    return Contents(records, problems)
+def _kept(name: str, line: int, item: Any) -> Record | BadRecord:
+    if isinstance(item, dict):
+        return Record(f"{name}:{line}", item)
+    what = f"expected an object, found {_kind(item)}"
+    return BadRecord(Problem(what, "give every record as {...}", f"{name}:{line}"))
 
 
 def _kind(value: Any) -> str:
@@ -277,6 +319,17 @@ def _is_empty(name: str) -> Problem:
 def _not_utf8(name: str, data: bytes, error: UnicodeDecodeError, *, line: int | None = None) -> Problem:
     line = line or data.count(b"\n", 0, error.start) + 1
     return Problem(f"not UTF-8 (byte 0x{data[error.start]:02x})", "save the file as UTF-8", f"{name}:{line}")
+
+
+def _first_not_utf8(path: Path, name: str, error: UnicodeDecodeError) -> Problem:
+    """The place of the first byte that is not UTF-8; a decoder of pieces does not know it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as found:
+                return _not_utf8(name, line, found, line=number)
+    return _not_utf8(name, error.object, error)
 
 
 def _malformed(name: str, error: ValueError | RecursionError, *, line: int | None = None) -> Problem:

@@ -2,13 +2,16 @@
 
 import difflib
 import glob
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftkit.data.problems import problems_error, shorten
-from ftkit.data.readers import READERS, drop_struct_nulls
+from ftkit.data.readers import READERS, BadRecord, Record, Stream, drop_struct_nulls
 from ftkit.data.types import Row
 from ftkit.errors import FtkitError, KeyPath, NetworkError, Problem, StorageError, UserError
 from ftkit.recipe.schema import DatasetSection
@@ -19,8 +22,53 @@ _FILE_SUFFIXES = {*READERS, ".txt", ".gz", ".zip", ".zst", ".xz", ".bz2", ".arro
 """Suffixes that say "a file" even where none is there: such a path is never looked up on the hub."""
 
 
-def read_rows(dataset: DatasetSection, *, base: Path, key: KeyPath) -> list[Row]:
-    """All rows of a data set, in the order of its files.
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the rows of a data set lie: files, or a data set of the hub that is on this machine."""
+
+    files: tuple[Path, ...]
+    hub: Any = None
+    """A `datasets.Dataset`."""
+    hub_name: str = ""
+
+    def stream(self) -> Iterator[Row | BadRecord | Problem]:
+        """All rows, in the order of the files, and what is wrong between them.
+
+        Raises:
+            StorageError: a file cannot be opened.
+        """
+        index = 0
+        for found in self._records():
+            if isinstance(found, Record):
+                yield Row(index, found.fields, found.where)
+            else:
+                yield found
+            # A bad record keeps its number: ids do not depend on what is mended elsewhere.
+            index += not isinstance(found, Problem)
+
+    def digest(self) -> str:
+        """SHA-256 in hex over the bytes of the files, or the hub data set's own fingerprint."""
+        digest = hashlib.sha256()
+        if self.hub is not None:
+            digest.update(f"{self.hub_name}\0{self.hub._fingerprint}\0{len(self.hub)}".encode())
+        for file in self.files:
+            with _opened(file), file.open("rb") as stream:
+                # The name too: places in errors hold it.
+                digest.update(f"{shown(file)}\0".encode())
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def _records(self) -> Stream:
+        if self.hub is not None:
+            for index, row in enumerate(self.hub):
+                yield Record(f"{self.hub_name} row {index}", drop_struct_nulls(row))
+        for file in self.files:
+            with _opened(file):
+                yield from READERS[file.suffix](file, shown(file))
+
+
+def find_source(dataset: DatasetSection, *, base: Path, key: KeyPath) -> Source:
+    """Find the files of a data set, or fetch it from the hub.
 
     Args:
         dataset: its section of the recipe.
@@ -28,15 +76,39 @@ def read_rows(dataset: DatasetSection, *, base: Path, key: KeyPath) -> list[Row]
         key: the section's place in the recipe, e.g. ("data", "train", 0).
 
     Raises:
-        UserError: no such path or hub data set, a gated one, no rows, or rows that cannot be read (all of them).
+        UserError: no such path or hub data set, or a gated one.
         NetworkError: the hub cannot be reached.
-        StorageError: a file cannot be opened.
     """
     files = _local_files(dataset, base, key)
-    records = _read_hub(dataset, base, key) if files is None else _read_files(files)
-    if not records:
-        raise UserError(f"{dataset.path} has no rows", how="name a data set that has some", key=(*key, "path"))
-    return [Row(index, fields, where) for index, (where, fields) in enumerate(records)]
+    if files is not None:
+        return Source(tuple(files))
+    return Source((), _load_hub(dataset, base, key), dataset.path.removeprefix(HUB_PREFIX).removeprefix("datasets/"))
+
+
+def read_rows(dataset: DatasetSection, *, base: Path, key: KeyPath) -> list[Row]:
+    """All rows of a small data set at once; arguments and errors as `find_source`.
+
+    Raises:
+        UserError: also where there are no rows, or some cannot be read (all of them).
+        StorageError: a file cannot be opened.
+    """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for found in find_source(dataset, base=base, key=key).stream():
+        if isinstance(found, Row):
+            rows.append(found)
+        else:
+            problems.append(found.problem if isinstance(found, BadRecord) else found)
+    if problems:
+        raise problems_error(problems, of=dataset.path)
+    if not rows:
+        raise no_rows(dataset, key)
+    return rows
+
+
+def no_rows(dataset: DatasetSection, key: KeyPath) -> UserError:
+    """The error for a data set without rows."""
+    return UserError(f"{dataset.path} has no rows", how="name a data set that has some", key=(*key, "path"))
 
 
 def dataset_name(dataset: DatasetSection) -> str:
@@ -96,27 +168,21 @@ def _local_files(dataset: DatasetSection, base: Path, key: KeyPath) -> list[Path
     for file in files:
         if file.suffix not in READERS:
             how = f"convert it to one of {', '.join(READERS)}"
-            raise UserError(f"{_shown(file)}: files of this kind are not read", how=how, key=key)
+            raise UserError(f"{shown(file)}: files of this kind are not read", how=how, key=key)
     return files
 
 
-def _read_files(files: list[Path]) -> list[tuple[str, dict[str, Any]]]:
-    records: list[tuple[str, dict[str, Any]]] = []
-    problems: list[Problem] = []
-    for file in files:
-        try:
-            contents = READERS[file.suffix](file, _shown(file))
-        except OSError as error:
-            how = "check its permissions and the disk"
-            raise StorageError(f"cannot be read: {error.strerror or error}", how=how, where=_shown(file)) from error
-        records += contents.records
-        problems += contents.problems
-    if problems:
-        raise problems_error(problems, of=_shown(files[0]) if len(files) == 1 else f"{len(files)} files")
-    return records
+@contextmanager
+def _opened(file: Path) -> Iterator[None]:
+    """What an error of the system while reading `file` means."""
+    try:
+        yield
+    except OSError as error:
+        how = "check its permissions and the disk"
+        raise StorageError(f"cannot be read: {error.strerror or error}", how=how, where=shown(file)) from error
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """The path as a user can click it: relative to the working directory where it lies below that."""
     absolute = path.absolute()
     return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
@@ -135,7 +201,7 @@ def _looks_local(text: str) -> bool:
 def _similar(path: Path, text: str) -> str:
     """The fix for a path that does not exist: file names like it, or the folder that is missing."""
     if not path.parent.is_dir():
-        return f"{_shown(path.parent)} is no directory; correct the path"
+        return f"{shown(path.parent)} is no directory; correct the path"
     names = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=3)
     if names:
         return "did you mean " + " or ".join(str(Path(text).with_name(name)) for name in names) + "?"
@@ -145,16 +211,14 @@ def _similar(path: Path, text: str) -> str:
 # ---------------------------------------------------------------------------------------------------- the hub
 
 
-def _read_hub(dataset: DatasetSection, base: Path, key: KeyPath) -> list[tuple[str, dict[str, Any]]]:
+def _load_hub(dataset: DatasetSection, base: Path, key: KeyPath) -> Any:
     import datasets
 
     name = dataset.path.removeprefix(HUB_PREFIX).removeprefix("datasets/")
     try:
-        loaded = datasets.load_dataset(name, name=dataset.subset, split=dataset.split, revision=dataset.revision)
-        rows = [drop_struct_nulls(row) for row in loaded]
+        return datasets.load_dataset(name, name=dataset.subset, split=dataset.split, revision=dataset.revision)
     except Exception as error:  # the library, the network and foreign files fail in too many ways to list
         raise _hub_error(error, name, dataset, base, (*key, "path")) from error
-    return [(f"{name} row {index}", row) for index, row in enumerate(rows)]
 
 
 def _hub_error(error: Exception, name: str, dataset: DatasetSection, base: Path, key: KeyPath) -> FtkitError:

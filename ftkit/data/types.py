@@ -1,6 +1,7 @@
 """The types that data passes through: Row -> Conversation | Text -> Example -> Batch."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +62,8 @@ class Conversation:
     """The answers to choose from, where the row is a classification; used by evaluation."""
     references: tuple[str, ...] = ()
     """All accepted answers, where there are several; used by evaluation."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """The row's own keywords for the chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,54 @@ class Text:
     text: str
 
 
-Document = Conversation | Text
+@dataclass(frozen=True, slots=True)
+class TaskRecord:
+    """A row that is put into words anew in each epoch, by one of the phrasings of its data set."""
+
+    fields: dict[str, Any]
+    """The columns that the phrasings name."""
+    target: str
+    """The answer."""
+    references: tuple[str, ...] = ()
+    """All accepted answers, the target first."""
+    options: tuple[str, ...] = ()
+    rationale: str | None = None
+    """The reasoning that leads to the answer."""
+
+
+Document = Conversation | Text | TaskRecord
+
+
+def document_to_json(document: Document) -> bytes:
+    """A document as JSON, for the files of prepared data."""
+    kind = type(document).__name__
+    if isinstance(document, Conversation):
+        values = {"messages": [_filled(message) for message in document.messages], **_filled(document, skip="messages")}
+    else:
+        values = _filled(document)
+    return json.dumps([kind, values], ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def document_from_json(data: bytes) -> Document:
+    """The document that `document_to_json` wrote."""
+    kind, values = json.loads(data.decode("utf-8", "surrogatepass"))
+    values = {name: tuple(value) if name in _TUPLES and isinstance(value, list) else value for name, value in values.items()}
+    if kind == "Conversation":
+        messages = [
+            Message(**{name: tuple(value) if name in _TUPLES else value for name, value in message.items()})
+            for message in values.pop("messages")
+        ]
+        return Conversation(tuple(messages), **values)
+    return Text(**values) if kind == "Text" else TaskRecord(**values)
+
+
+_TUPLES = {"messages", "tool_calls", "tools", "options", "references"}
+
+
+def _filled(item: Any, skip: str = "") -> dict[str, Any]:
+    """The fields of a dataclass that are not empty, shallow."""
+    values = {f.name: getattr(item, f.name) for f in fields(item) if f.name != skip}
+    return {name: value for name, value in values.items() if value is not None and value != () and value != {}}
 
 
 @dataclass(frozen=True, slots=True)

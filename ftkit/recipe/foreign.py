@@ -110,7 +110,7 @@ _ATTENTION = _use("set model.attn_implementation: auto, ftkit, eager, sdpa or fl
 _KERNELS = Refusal("ftkit's own loss never holds all logits", "remove it")
 _TEMPLATE = _use("leave it out to use the tokenizer's own template, or set model.chat_template")
 _VOCABULARY = _later("choose a base model whose vocabulary has the tokens, or a chat template made of its own tokens")
-_TOKENIZER = _later("leave it out; the base model's own tokenizer is used")
+_TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
 _ADAPTER_START = _later("merge the adapter with `ftkit merge` and name the result in base_model")
@@ -218,21 +218,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
         "data.train.*.columns.query data.train.*.columns.response data.train.*.columns.history",
     ),
     # -- later versions of ftkit
-    "data.mixing.maximum": _later("cap each data set with its max_samples"),
-    "data.mixing.temperature": _later("set data.mixing.strategy: weights, and a weight for each data set"),
-    "data.train.*.templates": _later("give one template, or write the phrasings into the data"),
-    "data.train.*.rationale": _later("put the reasoning into the target"),
-    "data.train.*.clusters": _later("list the files to train on"),
-    "data.train.*.exclude_clusters": _later("list the files to train on"),
-    "data.train.*.repeat": _later("set data.mixing.strategy: weights, and a weight for each data set"),
-    "tokenizer": _TOKENIZER,
     "master_dtype": _later("leave it out; trained weights are float32"),
     "quantization": _QUANTIZATION,
-    "train_on_reasoning": _later("leave it out; the reasoning of a trained turn is trained on"),
-    "truncation": _later("leave it out; an example over data.max_length loses its oldest turns"),
-    "system_prompt": _later("put a system message into the rows"),
-    "deduplicate": _later("leave it out; a validation split keeps equal rows on one side"),
-    "on_bad_row": _later("leave it out; a bad row is an error that names it"),
     "init_from": _ADAPTER_START,
     "modules_to_save": _SAVED_MODULES,
     "placement": _later("leave it out; adapters follow attention and feed-forward, as in the paper"),
@@ -336,10 +323,6 @@ LATER_VALUES: dict[str, dict[Any, str]] = {
     "method.type": {
         "qlora": "write lora, with model.dtype: bfloat16",
         **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "dora", "oft", "freeze"), "write lora"),
-    },
-    "data.mixing.strategy": {
-        "proportional": "write weights, and give each data set a weight",
-        "temperature": "write weights, and give each data set a weight",
     },
     "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),
     "training.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, and set training.min_lr_ratio"},

@@ -45,12 +45,19 @@ class ModelSection(Section):
     """Compute precision; `auto` takes bfloat16 where the hardware is fast at it. Trained weights stay float32."""
     attn_implementation: Literal["auto", "ftkit", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; `auto` takes ftkit's own where packing is proven, the model's default elsewhere."""
+    tokenizer: NonEmpty | None = None
+    """A directory or hub id whose tokenizer is used in place of the base model's own."""
     chat_template: str | None = None
     """A Jinja file (relative to the recipe) or a built-in name (`chatml`); overrides the tokenizer's own."""
 
 
 class ColumnsSection(Section):
-    """Names of the source's columns, where they differ from the format's own."""
+    """Names of the source's columns, where they differ from the format's own; with `templates`, any column that the
+    phrasings name."""
+
+    # What else may be named is known to the library of phrasings; without templates `checks.py` refuses it.
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
 
     instruction: str | None = None
     """alpaca: the instruction."""
@@ -93,6 +100,25 @@ class DatasetSection(Section):
     """The source's names for roles, e.g. {bot: assistant}; added to the ones that are known."""
     template: str | None = None
     """task: how a record is phrased, with its fields in braces: "Review: {text}\\nPositive or negative?"."""
+    templates: NonEmpty | Annotated[ListOf[NonEmpty], Field(min_length=1)] | None = None
+    """Several phrasings, drawn anew in each epoch: a data set of the library, a file of phrasings (FILE.yaml or
+    FILE.yaml:NAME), or a list of prompts."""
+    labels: dict[str, str] = {}
+    """With templates: the source's answers in the phrasings' words, e.g. {"yes": equivalent}."""
+    rationale: Literal["never", "always"] | Share = "never"
+    """With templates: share of the draws that ask for the reasoning before the answer, in rows that have one."""
+    few_shot: Share = 0.0
+    """With templates: share of the draws that show solved examples, other rows of the data set, before the question."""
+    shots: Annotated[int, Field(ge=1, le=8)] = 3
+    """Solved examples in such a draw."""
+    cluster: NonEmpty | None = None
+    """Kind of task, e.g. sentiment; default the library's, or what the row's own `cluster` says."""
+    clusters: ListOf[NonEmpty] = ()
+    """Only rows of these clusters."""
+    exclude_clusters: ListOf[NonEmpty] = ()
+    """No rows of these clusters."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Keywords for the chat template, over those of `data`; a row's own come over both."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -103,17 +129,33 @@ class DatasetSection(Section):
     """Multiplies the data set's rate where `mixing.strategy` has rates."""
     max_samples: PositiveInt | None = None
     """At most so many rows, a seeded random subset."""
+    repeat: PositiveInt | None = None
+    """Epochs of its own rows that a data set gives at most; then it drops out of the mixture."""
+
+
+DEFAULT_MAXIMUM, DEFAULT_TEMPERATURE = 3000, 2.0
+"""FLAN's cap (Wei et al. 2021, section 2.1), and a temperature between proportions and equal shares."""
 
 
 class MixingSection(Section):
     """How data sets are mixed."""
 
-    strategy: Literal["concat", "weights"] = "concat"
-    """concat: every row once an epoch. weights: data sets drawn at the rate of their `weight`."""
+    strategy: Literal["concat", "proportional", "temperature", "weights"] = "concat"
+    """concat: every row once an epoch. proportional: rates by size, up to `maximum` (FLAN). temperature: rates by
+    size ** (1 / temperature). weights: rates as the data sets' `weight`, which elsewhere multiplies the rate."""
+    maximum: PositiveInt | None = None
+    """proportional, temperature: size that a data set counts with at most; proportional: 3000 when left out."""
+    temperature: Annotated[float, Field(ge=1.0)] | None = None
+    """temperature: 1 keeps the proportions of the sizes, larger values even them out; 2 when left out."""
     epoch_size: PositiveInt | None = None
-    """weights: rows an epoch; default the sum of all rows."""
+    """Rows an epoch, except for concat; default the sum of all rows, for proportional of the capped sizes."""
     stopping: Literal["first_exhausted", "all_exhausted"] | None = None
-    """weights: an epoch ends when the first (or the last) data set has been seen once; excludes `epoch_size`."""
+    """An epoch ends when the first (or the last) data set has been seen once; excludes `epoch_size`; not for concat."""
+
+    @property
+    def cap(self) -> int | None:
+        """Size that a data set counts with at most."""
+        return DEFAULT_MAXIMUM if self.maximum is None and self.strategy == "proportional" else self.maximum
 
 
 class DataSection(Section):
@@ -135,6 +177,21 @@ class DataSection(Section):
     """One example a conversation, or one an assistant turn; `auto` asks the chat template."""
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which tokens are targets: all assistant turns, the last one, or every token."""
+    train_on_reasoning: bool = True
+    """Whether the thoughts of a trained turn (`reasoning_content`, <think>) are targets too."""
+    truncation: Literal["oldest_turns", "left", "drop", "error"] = "oldest_turns"
+    """What happens to conversations over max_length: their oldest exchanges go, then text of the first user message;
+    or tokens from the left, never of the last answer; or the row is dropped; or that is an error."""
+    system_prompt: NonEmpty | None = None
+    """System message of conversations that have none."""
+    clusters: ListOf[NonEmpty] = ()
+    """Only training rows of these clusters of tasks."""
+    exclude_clusters: ListOf[NonEmpty] = ()
+    """No training rows of these clusters: tasks held out, to measure transfer to them."""
+    deduplicate: bool = False
+    """Drop training rows that say the same as an earlier one or as a validation row, up to case and white space."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be read does: end the run before it starts, with all such rows named, or drop out."""
     chat_template_kwargs: dict[str, Any] = {}
     """Keywords for the chat template, e.g. {enable_thinking: false}; kept with the run."""
 

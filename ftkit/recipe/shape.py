@@ -106,6 +106,8 @@ def _inside(annotation: Any, part: str | int) -> Any:
     sections = _sections(annotation)
     if sections:
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if not fields and any(section.model_config["extra"] == "allow" for section in sections):
+            return str
         return fields[0].rebuild_annotation() if fields else None
     for member in _members(annotation):
         origin, arguments = get_origin(member), get_args(member)
