@@ -5,13 +5,16 @@ To add a format: one function from a row to a document, and one line in FORMATS.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ftkit.data.fields import accepted_answers, answers_of, only_instance, pairs_of, text_of
+from ftkit.data.phrasings import PhrasingSet, find_phrasings
 from ftkit.data.problems import RowError, problems_error, quoted, shorten
 from ftkit.data.task_records import fill_template, generic_prompt, parse_template
+from ftkit.data.task_rows import read_record
 from ftkit.data.turns import answer, check_order, parse_tools, parse_turns
-from ftkit.data.types import Conversation, Document, Message, Row, Text
+from ftkit.data.types import Conversation, Document, Message, Row, TaskRecord, Text
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.schema import DatasetSection
 
@@ -100,14 +103,14 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(
         ("instruction", "output"),
         parse_alpaca,
-        optional=("input", "system", "history", "instances"),
+        optional=("input", "system", "history", "instances", "chat_template_kwargs"),
         instead=(("output", "instances"),),
     ),
-    "sharegpt": Format(("conversations",), parse_sharegpt, optional=("system", "tools")),
-    "messages": Format(("messages",), parse_messages, optional=("system", "tools")),
-    "prompt_completion": Format(("prompt", "completion"), parse_prompt_completion, optional=("system", "tools")),
+    "sharegpt": Format(("conversations",), parse_sharegpt, optional=("system", "tools", "chat_template_kwargs")),
+    "messages": Format(("messages",), parse_messages, optional=("system", "tools", "chat_template_kwargs")),
+    "prompt_completion": Format(("prompt", "completion"), parse_prompt_completion, optional=("system", "tools", "chat_template_kwargs")),
     "text": Format(("text",), parse_text),
-    "task": Format(("inputs", "target"), parse_task, optional=("references", "system")),
+    "task": Format(("inputs", "target"), parse_task, optional=("references", "system", "cluster")),
 }
 """The recipe's `format` -> how such rows are read."""
 
@@ -125,29 +128,77 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
 """Column -> names that it has in other data sets; only for the fix that an error suggests."""
 
 
-def parse_rows(rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath) -> list[Document]:
-    """One document a row.
+class RowParser:
+    """Turns the rows of one data set into documents."""
+
+    def __init__(self, sample: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path) -> None:
+        """
+        Args:
+            sample: the first rows, which tell the format where the recipe does not.
+            dataset: the data set's section of the recipe.
+            key: the section's place in the recipe, for errors.
+            base: the directory that a file of phrasings is looked for in.
+
+        Raises:
+            UserError: the format is unknown, its columns are missing, or there are no such phrasings.
+        """
+        self.phrasings: PhrasingSet | None = None
+        """Where rows are put into words anew in each epoch."""
+        self.dataset = dataset
+        if dataset.templates is not None:
+            self.phrasings = find_phrasings(dataset.templates, base=base, key=(*key, "templates"))
+            self._check_phrasings(key)
+            return
+        self._format = dataset.format or detect_format(sample, dataset, key)
+        _check_section(self._format, dataset, key)
+        _check_columns(sample, self._format, dataset, key)
+        self._sources = source_columns(self._format, dataset)
+
+    def parse(self, row: Row) -> Document:
+        """The row's document.
+
+        Raises:
+            RowError: what is wrong with it.
+            SkippedRow: it has no answer, and says so.
+        """
+        if self.phrasings is not None:
+            columns = self.dataset.columns.model_dump(exclude_none=True)
+            document: Document = read_record(self.phrasings, row.fields, columns, self.dataset.labels)
+        else:
+            sources = self._sources.items()
+            fields = {column: row.fields[source] for column, source in sources if source in row.fields}
+            document = FORMATS[self._format].parse(replace(row, fields=fields), self.dataset)
+        _check_unicode(document)
+        return document
+
+    def _check_phrasings(self, key: KeyPath) -> None:
+        if self.dataset.format not in (None, "task"):
+            what = f"format {self.dataset.format} is not phrased by templates"
+            raise UserError(what, how="remove one of them", key=(*key, "format"))
+        if self.dataset.template is not None:
+            raise UserError("template and templates exclude each other", how="keep one", key=(*key, "template"))
+
+
+def parse_rows(
+    rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path = Path()
+) -> list[Document]:
+    """One document a row, of a small data set at once.
 
     Args:
         rows: rows of `read_rows`.
         dataset: their section of the recipe.
         key: the section's place in the recipe, for errors.
+        base: the directory that a file of phrasings is looked for in.
 
     Raises:
         UserError: the format is unknown, its columns are missing, or rows are wrong (all of them at once).
     """
-    name = dataset.format or detect_format(rows, dataset, key)
-    _check_section(name, dataset, key)
-    _check_columns(rows, name, dataset, key)
-    sources = source_columns(name, dataset)
+    parser = RowParser(rows, dataset, key=key, base=base)
     documents: list[Document] = []
     problems: list[Problem] = []
     for row in rows:
-        fields = {column: row.fields[source] for column, source in sources.items() if source in row.fields}
         try:
-            document = FORMATS[name].parse(replace(row, fields=fields), dataset)
-            _check_unicode(document)
-            documents.append(document)
+            documents.append(parser.parse(row))
         except RowError as error:
             problems.append(Problem(error.what, error.how, row.where))
     if problems:
@@ -265,7 +316,11 @@ def _short_row(row: Row) -> str:
 
 def _check_unicode(document: Document) -> None:
     """Half a surrogate pair ("\\ud83d" in JSON) is no text: no tokenizer takes it."""
-    texts = [document.text] if isinstance(document, Text) else [message.content for message in document.messages]
+    texts = [document.text] if isinstance(document, Text) else []
+    if isinstance(document, Conversation):
+        texts = [message.content for message in document.messages]
+    elif isinstance(document, TaskRecord):
+        texts = [str(value) for value in (*document.fields.values(), document.target)]
     for text in texts:
         try:
             text.encode("utf-8")
@@ -290,7 +345,10 @@ def _conversation(
         if messages[0].role == "system":
             raise RowError("a system column and a system turn", "keep one of them")
         messages = (Message("system", system), *messages)
-    return Conversation(check_order(messages), parse_tools(fields.get("tools")), options, references)
+    kwargs = fields.get("chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise RowError(f"chat_template_kwargs must be an object, found {quoted(kwargs)}", "give {...}")
+    return Conversation(check_order(messages), parse_tools(fields.get("tools")), options, references, kwargs or {})
 
 
 def _user(text: str) -> Message:
