@@ -58,13 +58,12 @@ def estimate(prepared: Prepared, device: torch.device) -> Estimate:
     checkpoint = state * (1 + ADAMW_MOMENTS)
     # The checkpoints of `save_total_limit`, the best one, and the result.
     disk = checkpoint * (training.save_total_limit + 1) + counts.saved_bytes
-    examples = [plan.examples[index].example for step in plan.steps for index in step]
     return Estimate(
         parameters=counts.total_parameters,
         trainable_parameters=counts.trainable_parameters,
         memory_bytes=Memory(weights, state, state * ADAMW_MOMENTS),
         optimizer_steps=len(plan.steps),
-        tokens=sum(example.num_tokens for example in examples),
+        tokens=plan.num_tokens,
         target_tokens=sum(plan.targets_per_step),
         disk_bytes=disk,
     )

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from ftkit.data.corpus import EncodedCorpus, Part, lengths_uncut
-from ftkit.data.encode import Encoder
-from ftkit.recipe.schema import DataSection, TrainingSection
+import numpy as np
+
+from ftkit.data.corpus import Corpus
+from ftkit.data.types import DatasetCounts
+from ftkit.recipe.schema import TrainingSection
 
 FEW_STEPS, GOOD_STEPS = 50, 100
 """Optimizer steps below which a run hardly learns, and what the warning aims at."""
@@ -13,21 +15,19 @@ FEW_STEPS, GOOD_STEPS = 50, 100
 MAX_SHARE_CUT = 0.01
 """Share of rows that may be too long without a warning."""
 
+MANY_EPOCHS = 10
+"""Passes over a data set that is drawn far more often than others."""
 
-def warn_cut(encoded: Sequence[EncodedCorpus], encoder: Encoder) -> list[str]:
-    """More than 1% of the rows are longer than `max_length`."""
-    whole = [length for corpus in encoded for length in corpus.whole]
-    incomplete = [document for corpus in encoded for document in corpus.incomplete]
-    # Encoding them again without a limit is worth it only if there are enough of them.
-    if len(incomplete) <= MAX_SHARE_CUT * (len(whole) + len(incomplete)):
-        return []
-    lengths = sorted(whole + lengths_uncut(incomplete, encoder))
-    too_long = sum(length > encoder.max_length for length in lengths)
+
+def warn_cut(uncut: np.ndarray, max_length: int) -> list[str]:
+    """More than 1% of the rows are longer than `max_length`; `uncut`: int32 [rows], their lengths before any cut."""
+    lengths = np.sort(uncut[uncut > 0])
+    too_long = int((lengths > max_length).sum())
     if too_long <= MAX_SHARE_CUT * len(lengths):
         return []
-    enough = lengths[math.ceil((1 - MAX_SHARE_CUT) * len(lengths)) - 1]
+    enough = int(lengths[math.ceil((1 - MAX_SHARE_CUT) * len(lengths)) - 1])
     share = f"{too_long} of {len(lengths)} rows ({too_long / len(lengths):.0%})"
-    return [f"{share} are longer than data.max_length {encoder.max_length}; {enough} keeps 99% whole"]
+    return [f"{share} are longer than data.max_length {max_length}; {enough} keeps 99% whole"]
 
 
 def warn_few_steps(steps: Sequence[Sequence[int]], training: TrainingSection) -> list[str]:
@@ -42,24 +42,30 @@ def warn_few_steps(steps: Sequence[Sequence[int]], training: TrainingSection) ->
     return [f"{len(steps)} optimizer steps are few; {how} gives at least {GOOD_STEPS}"]
 
 
-def warn_weights(data: DataSection) -> list[str]:
-    """Weights where the strategy has no rates."""
-    weighted = [dataset.path for dataset in data.train if dataset.weight != 1.0]
-    if data.mixing.strategy != "concat" or not weighted:
+def warn_repeats(counts: Sequence[DatasetCounts]) -> list[str]:
+    """A data set that is seen far more often than the others."""
+    if len(counts) < 2:
         return []
-    return [f"weight of {', '.join(weighted)} has no effect; set data.mixing: {{strategy: weights}}"]
+    usual = sorted(count.epochs for count in counts)[len(counts) // 2]
+    return [
+        f"{count.name} is seen {count.epochs:.0f} times; `repeat` sets a limit, a smaller `weight` lowers its rate"
+        for count in counts
+        if count.epochs >= MANY_EPOCHS and count.epochs > 3 * usual
+    ]
 
 
-def warn_validation(trained: Sequence[Part], measured: Sequence[Part], data: DataSection) -> list[str]:
-    """Rows that are measured and trained on, or a split that found no rows."""
-    if not measured:
-        return [] if data.val_size == 0 else ["too few different rows to split any off; there is no validation"]
-    seen = {part.corpus.row_keys[position] for part in trained for position in part.positions}
+def warn_duplicates(corpus: Corpus, again: np.ndarray, measured: np.ndarray) -> list[str]:
+    """Rows that are trained on though they say the same as an earlier or as a validation row.
+
+    Args:
+        again: bool [chosen rows], says the same as an earlier row.
+        measured: bool [chosen rows], says the same as a row of data.eval.
+    """
     warnings = []
-    for part in measured:
-        shared = sum(part.corpus.row_keys[position] in seen for position in part.positions)
-        if shared:
-            warnings.append(
-                f"{shared} of {len(part.positions)} rows of {part.corpus.name} (data.eval) are trained on too"
-            )
+    how = "data.deduplicate: true drops them"
+    for mask, what in ((measured, "a row of data.eval"), (again, "an earlier row")):
+        if mask.any():
+            rows = corpus.row_ids(np.flatnonzero(mask)[:5]).tolist()
+            listed = ", ".join(map(str, rows)) + (", ..." if mask.sum() > len(rows) else "")
+            warnings.append(f"{mask.sum()} rows of {corpus.name} say the same as {what} (rows {listed}); {how}")
     return warnings

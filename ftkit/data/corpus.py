@@ -1,167 +1,227 @@
-"""One data set on its way through the plan: rows, documents, examples, and what became of each row."""
+"""One data set of the recipe: its rows read once into a file of documents, and which of them are used."""
 
-import copy
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
-from ftkit.data.encode import Encoder
-from ftkit.data.formats import detect_format, parse_rows, source_columns
-from ftkit.data.mixture import choose_subset, row_key
-from ftkit.data.problems import problems_error
-from ftkit.data.sources import read_rows
-from ftkit.data.types import DatasetCounts, Document, EncodedExample, Row
+import numpy as np
+import pyarrow as pa
+
+from ftkit.data.cache import code_version, digest_of, prepared
+from ftkit.data.duplicates import document_key
+from ftkit.data.formats import RowParser
+from ftkit.data.mixture import choose_subset
+from ftkit.data.phrasings import PhrasingSet
+from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
+from ftkit.data.readers import BadRecord
+from ftkit.data.sources import find_source, no_rows
+from ftkit.data.store import BATCH, ROW_SCHEMA, ROWS, RowStore, read_facts, write_facts, write_table
+from ftkit.data.task_rows import SkippedRow
+from ftkit.data.types import Row, TaskRecord, document_to_json
 from ftkit.errors import KeyPath, Problem, UserError
-from ftkit.recipe.schema import DatasetSection
+from ftkit.recipe.schema import DataSection, DatasetSection
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with what is being done, how much of it is done, and how much there is (0: not known)."""
 
-NO_TARGET = "no token to train on"
+SAMPLE = 1000
+"""Rows that tell the format."""
+UNREADABLE = "cannot be read (data.on_bad_row: skip)"
+
+Found = Row | BadRecord | Problem
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows of one data set, parsed and cut to `max_samples`."""
+    """The rows of one data set that could be read, cut to clusters and `max_samples`."""
 
     name: str
     key: KeyPath
     """The section's place in the recipe."""
-    rows: list[Row]
-    documents: list[Document]
-    """One a row."""
-    row_keys: list[bytes]
-    """One a row: equal for rows that say the same."""
+    section: DatasetSection
+    store: RowStore
+    chosen: np.ndarray
+    """int64 [rows], positions in the store, ascending."""
+    phrasings: PhrasingSet | None
+    """Where rows are put into words anew in each epoch."""
     rows_read: int
-    """Before `max_samples`."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a corpus: those to train on, or those to measure."""
-
-    corpus: Corpus
-    positions: list[int]
-    """Places in the corpus's rows, ascending."""
-    dataset: int
-    """The index that their examples carry."""
-
-
-@dataclass(frozen=True)
-class EncodedCorpus:
-    """The examples of a part."""
-
-    part: Part
-    by_row: list[list[EncodedExample]]
-    """Of every row that has any, in the rows' order."""
-    counts: DatasetCounts
-    whole: list[int]
-    """Tokens of the longest example of each row that was kept whole."""
-    incomplete: list[Document]
-    """Documents of rows that were cut or lost an example; some of them are too long."""
+    """In the source, bad ones included."""
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """Reason -> row ids."""
 
     @property
-    def documents(self) -> list[tuple[int, Document]]:
-        """(`Row.index`, document) of every row that has examples."""
-        used = {examples[0].row for examples in self.by_row}
-        corpus = self.part.corpus
-        rows = ((corpus.rows[position].index, corpus.documents[position]) for position in self.part.positions)
-        return [(index, document) for index, document in rows if index in used]
+    def keys(self) -> np.ndarray:
+        """16 bytes for each of the chosen rows, equal where rows say the same."""
+        return self.store.column("key")[self.chosen]
+
+    def row_ids(self, places: np.ndarray) -> np.ndarray:
+        """`Row.index` of chosen rows."""
+        indices: np.ndarray = self.store.column("index")[self.chosen[places]]
+        return indices
 
 
-def load_corpus(dataset: DatasetSection, name: str, *, base: Path, key: KeyPath, seed: int) -> Corpus:
-    """Read and parse a data set, and take its subset.
+def load_corpus(
+    section: DatasetSection,
+    name: str,
+    data: DataSection,
+    *,
+    base: Path,
+    key: KeyPath,
+    seed: int,
+    progress: Progress,
+) -> Corpus:
+    """Read and parse a data set, unless that has been done before, and take its subset.
+
+    Clusters are held out of training data only.
 
     Raises:
-        FtkitError: as `read_rows` and `parse_rows`.
+        FtkitError: no such data set, the format is unknown, or rows are bad (all of them at once).
     """
-    rows = read_rows(dataset, base=base, key=key)
-    dataset = dataset.model_copy(update={"format": dataset.format or detect_format(rows, dataset, key)})
-    documents = parse_rows(rows, dataset, key=key)
-    assert dataset.format is not None, "set two lines above"
-    columns = list(source_columns(dataset.format, dataset).values())
-    chosen = choose_subset(len(rows), dataset.max_samples, seed=seed, name=name)
-    return Corpus(
-        name,
-        key,
-        rows=[rows[position] for position in chosen],
-        documents=[documents[position] for position in chosen],
-        row_keys=[row_key(rows[position].fields, columns) for position in chosen],
-        rows_read=len(rows),
+    source = find_source(section, base=base, key=key)
+    entry = prepared(
+        _entry_key(section, data, source.digest(), base, key),
+        lambda directory: _write_rows(directory, source.stream(), section, data, name, base, key, progress),
     )
+    store, facts = RowStore(entry), read_facts(entry)
+    dropped: dict[str, list[int]] = dict(facts["dropped"])
+    chosen = np.arange(len(store))
+    if key[1] == "train":
+        chosen = _in_clusters(store, section, data, dropped)
+        if len(chosen) == 0:
+            clusters = ", ".join(sorted({str(cluster) for cluster in set(store.column("cluster"))} - {""})) or "none"
+            what = f"{section.path} has no rows of these clusters (its own: {clusters})"
+            raise UserError(what, how="look at clusters and exclude_clusters", key=(*key, "path"))
+    chosen = chosen[choose_subset(len(chosen), section.max_samples, seed=seed, name=name)]
+    parser = RowParser([], section, key=key, base=base) if section.templates is not None else None
+    phrasings = parser.phrasings if parser is not None else None
+    return Corpus(name, key, section, store, chosen, phrasings, facts["rows_read"], dropped)
 
 
-def encode_corpus(part: Part, encoder: Encoder, *, progress: Progress) -> EncodedCorpus:
-    """Encode a part, every row once.
+def _entry_key(section: DatasetSection, data: DataSection, digest: str, base: Path, key: KeyPath) -> str:
+    read_by = {"format", "columns", "roles", "template", "labels", "cluster"}
+    phrasings = None
+    if section.templates is not None:
+        parser = RowParser([], section, key=key, base=base)
+        phrasings = parser.phrasings and parser.phrasings.section.model_dump(mode="json")
+    return digest_of("rows", code_version(), digest, section.model_dump(include=read_by), phrasings, data.on_bad_row)
 
-    Raises:
-        UserError: the chat template does not take some rows (all of them at once).
-    """
-    corpus = part.corpus
-    counts = DatasetCounts(corpus.name, rows=corpus.rows_read)
-    encoded = EncodedCorpus(part, [], counts, [], [])
-    problems: list[Problem] = []
-    for done, position in enumerate(part.positions):
-        progress(f"encoding {corpus.name}", done, len(part.positions))
-        row, document = corpus.rows[position], corpus.documents[position]
-        try:
-            result = encoder.encode(document, row.where)
-        except UserError as error:
-            problems += error.problems
-            continue
-        examples = [
-            EncodedExample(example, part.dataset, row.index) for example in result.examples if example.num_targets
-        ]
-        reason = result.reason or (NO_TARGET if len(examples) < max(1, len(result.examples)) else None)
-        if reason is not None:
-            counts.dropped.setdefault(reason, []).append(row.index)
-        if reason is not None or any(example.truncated for example in result.examples):
-            encoded.incomplete.append(document)
+
+def _in_clusters(
+    store: RowStore, section: DatasetSection, data: DataSection, dropped: dict[str, list[int]]
+) -> np.ndarray:
+    """Positions of the rows whose cluster is wanted."""
+    wanted = [set(names) for names in (section.clusters, data.clusters) if names]
+    unwanted = {*section.exclude_clusters, *data.exclude_clusters}
+    if not wanted and not unwanted:
+        return np.arange(len(store))
+    clusters = store.column("cluster")
+    kept = {name for name in set(clusters) if all(name in names for names in wanted) and name not in unwanted}
+    mask = np.array([cluster in kept for cluster in clusters], bool)
+    if not mask.all():
+        dropped["of a cluster that is left out"] = [int(index) for index in store.column("index")[~mask]]
+    return np.flatnonzero(mask)
+
+
+# --------------------------------------------------------------------------------------------------- reading rows
+
+
+def _write_rows(
+    directory: Path,
+    stream: Iterator[Found],
+    section: DatasetSection,
+    data: DataSection,
+    name: str,
+    base: Path,
+    key: KeyPath,
+    progress: Progress,
+) -> None:
+    """Read the rows, a batch in memory at a time."""
+    first = list(islice(stream, SAMPLE))
+    sample = [found for found in first if isinstance(found, Row)]
+    reading = _Reading(skip_bad=data.on_bad_row == "skip")
+    if not sample:
+        for found in chain(first, stream):
+            reading.note(found)
+        reading.finish(section)
+        raise no_rows(section, key)
+    parser = RowParser(sample, section, key=key, base=base)
+    rows = reading.documents(chain(first, stream), parser, lambda done: progress(f"reading {name}", done, 0))
+    write_table(directory / ROWS, ROW_SCHEMA, _in_batches(rows, parser))
+    reading.finish(section)
+    if reading.kept == 0:
+        reasons = "; ".join(f"{len(ids)}: {reason}" for reason, ids in reading.dropped.items())
+        raise UserError(f"{section.path} has no row that can be used ({reasons})", key=(*key, "path"))
+    write_facts(directory, {"rows_read": reading.rows_read, "dropped": reading.dropped})
+
+
+class _Reading:
+    """Counts rows and collects what is wrong with them."""
+
+    def __init__(self, *, skip_bad: bool) -> None:
+        self.rows_read = self.kept = 0
+        self.dropped: dict[str, list[int]] = {}
+        self._skip_bad = skip_bad
+        self._problems: list[Problem] = []
+        self._num_problems = 0
+
+    def documents(
+        self, found_rows: Iterator[Found], parser: RowParser, progress: Callable[[int], None]
+    ) -> Iterator[tuple[Row, bytes, bytes, bool]]:
+        """Row, its document as JSON, its key, whether it has a rationale; of every row that can be used."""
+        for found in found_rows:
+            self.note(found)
+            if not isinstance(found, Row):
+                continue
+            try:
+                document = parser.parse(found)
+            except RowError as error:
+                self._bad(Problem(error.what, error.how, found.where), found.index)
+                continue
+            except SkippedRow as reason:
+                self.dropped.setdefault(str(reason), []).append(found.index)
+                continue
+            self.kept += 1
+            if self.kept % BATCH == 0:
+                progress(self.kept)
+            has_rationale = isinstance(document, TaskRecord) and document.rationale is not None
+            yield found, document_to_json(document), document_key(document), has_rationale
+
+    def note(self, found: Found) -> None:
+        """Count what was read; a file that cannot be read on is an error in any case."""
+        self.rows_read += not isinstance(found, Problem)
+        if isinstance(found, BadRecord):
+            self._bad(found.problem, self.rows_read - 1)
+        elif isinstance(found, Problem):
+            self._report(found)
+
+    def finish(self, section: DatasetSection) -> None:
+        """Raise all that was wrong."""
+        if self._num_problems:
+            raise problems_error(self._problems, of=section.path, total=self._num_problems)
+
+    def _bad(self, problem: Problem, row: int) -> None:
+        if self._skip_bad:
+            self.dropped.setdefault(UNREADABLE, []).append(row)
         else:
-            encoded.whole.append(max(example.num_tokens for example in result.examples))
-        if examples:
-            encoded.by_row.append(examples)
-            _count(counts, examples)
-    if problems:
-        raise problems_error(_merged(problems), of=corpus.name)
-    return encoded
+            self._report(problem)
+
+    def _report(self, problem: Problem) -> None:
+        self._num_problems += 1
+        if len(self._problems) < MAX_SHOWN:
+            self._problems.append(problem)
 
 
-def nothing_to_train(part: Part, counts: DatasetCounts) -> Problem:
-    """What to say of a part without a token to train on: which filter took its rows."""
-    reasons = "; ".join(f"{len(rows)} rows: {reason}" for reason, rows in counts.dropped.items())
-    too_short = any("max_length" in reason for reason in counts.dropped)
-    how = "raise data.max_length" if too_short else "look at `train`, `weight`, empty answers and data.train_on"
-    what = f"{counts.name} has no token to train on ({reasons})"
-    return Problem(what, how, key=(*part.corpus.key, "path"))
-
-
-def lengths_uncut(documents: Sequence[Document], encoder: Encoder) -> list[int]:
-    """Tokens that the documents would have if nothing were cut; the longest example of each that has any."""
-    unlimited = copy.copy(encoder)
-    unlimited.max_length = sys.maxsize
-    encoded = [unlimited.encode(document).examples for document in documents]
-    return [max(example.num_tokens for example in examples) for examples in encoded if examples]
-
-
-def _count(counts: DatasetCounts, examples: Sequence[EncodedExample]) -> None:
-    counts.rows_used += 1
-    counts.examples += len(examples)
-    counts.tokens += sum(encoded.example.num_tokens for encoded in examples)
-    counts.target_tokens += sum(encoded.example.num_targets for encoded in examples)
-    counts.truncated += sum(encoded.example.truncated for encoded in examples)
-
-
-def _merged(problems: Sequence[Problem]) -> list[Problem]:
-    """One problem for all rows that have the same: a template refuses thousands of rows for one reason."""
-    first: dict[tuple[str, str | None], Problem] = {}
-    numbers: dict[tuple[str, str | None], int] = {}
-    for problem in problems:
-        same = (problem.what, problem.how)
-        first.setdefault(same, problem)
-        numbers[same] = numbers.get(same, 0) + 1
-    return [
-        replace(problem, what=f"{problem.what} (and {numbers[same] - 1} rows more)") if numbers[same] > 1 else problem
-        for same, problem in first.items()
-    ]
+def _in_batches(rows: Iterator[tuple[Row, bytes, bytes, bool]], parser: RowParser) -> Iterator[pa.RecordBatch]:
+    own = parser.dataset.cluster or (parser.phrasings.section.cluster if parser.phrasings is not None else None)
+    while batch := list(islice(rows, BATCH)):
+        columns = [
+            [document for _, document, _, _ in batch],
+            [row.where for row, _, _, _ in batch],
+            [own or str(row.fields.get("cluster") or "") for row, _, _, _ in batch],
+            [row.index for row, _, _, _ in batch],
+            [key for _, _, key, _ in batch],
+            [has_rationale for _, _, _, has_rationale in batch],
+        ]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
+        yield pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)

@@ -29,6 +29,8 @@ class EncodeResult:
     examples: list[Example]
     reason: str | None = None
     """Why there is no example, or with one example a turn, why at least one turn has none."""
+    uncut: int = 0
+    """Tokens of the longest example before anything was cut; 0 where nothing was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,13 @@ class Encoder:
         self.train_on = train_on
         self._tokenizer = tokenizer
         self._spans = SpanTokenizer(tokenizer)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex."""
+        from ftkit.data.cache import digest_of
+
+        return digest_of(self._tokenizer.backend_tokenizer.to_str(), self.template.templates, self.template.kwargs, self.max_length, self.turns, self.train_on)
 
     def encode(self, document: Document, where: str = "") -> EncodeResult:
         """The examples of a document: none, with the reason, where nothing is left to train on.

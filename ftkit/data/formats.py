@@ -99,6 +99,8 @@ class Format:
     """(needed column, the optional one that can stand in for it)."""
 
 
+_KWARGS = "chat_template_kwargs"
+
 FORMATS: dict[str, Format] = {
     "alpaca": Format(
         ("instruction", "output"),
@@ -106,9 +108,9 @@ FORMATS: dict[str, Format] = {
         optional=("input", "system", "history", "instances", "chat_template_kwargs"),
         instead=(("output", "instances"),),
     ),
-    "sharegpt": Format(("conversations",), parse_sharegpt, optional=("system", "tools", "chat_template_kwargs")),
-    "messages": Format(("messages",), parse_messages, optional=("system", "tools", "chat_template_kwargs")),
-    "prompt_completion": Format(("prompt", "completion"), parse_prompt_completion, optional=("system", "tools", "chat_template_kwargs")),
+    "sharegpt": Format(("conversations",), parse_sharegpt, optional=("system", "tools", _KWARGS)),
+    "messages": Format(("messages",), parse_messages, optional=("system", "tools", _KWARGS)),
+    "prompt_completion": Format(("prompt", "completion"), parse_prompt_completion, optional=("system", "tools", _KWARGS)),
     "text": Format(("text",), parse_text),
     "task": Format(("inputs", "target"), parse_task, optional=("references", "system", "cluster")),
 }
@@ -179,9 +181,7 @@ class RowParser:
             raise UserError("template and templates exclude each other", how="keep one", key=(*key, "template"))
 
 
-def parse_rows(
-    rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path = Path()
-) -> list[Document]:
+def parse_rows(rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path = Path()) -> list[Document]:
     """One document a row, of a small data set at once.
 
     Args:

@@ -5,9 +5,9 @@ other choice.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,15 +19,6 @@ MAX_VALIDATION_ROWS = 500
 
 _CHUNK = 4096
 """Fewest draws made at once where their number is not known before."""
-
-
-class Draw(NamedTuple):
-    """A row of the mixture."""
-
-    dataset: int
-    """Index into the mixture's data sets."""
-    position: int
-    """Place among the data set's training rows, from 0."""
 
 
 def random_generator(seed: int, *names: object) -> np.random.Generator:
@@ -47,55 +38,75 @@ def choose_subset(num_rows: int, max_samples: int | None, *, seed: int, name: st
 # ----------------------------------------------------------------------------------------------- validation split
 
 
-def row_key(fields: Mapping[str, Any], columns: Sequence[str]) -> bytes:
-    """Equal for rows whose texts in `columns` are equal up to case and white space."""
-    texts = "\0".join(text for column in columns for text in _texts(fields.get(column)))
-    return hashlib.blake2b(texts.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
 def split_validation(
-    keys: Sequence[Sequence[bytes]], names: Sequence[str], *, val_size: float | int, seed: int
-) -> list[list[int]]:
+    groups: Sequence[np.ndarray], names: Sequence[str], *, val_size: float | int, seed: int
+) -> list[np.ndarray]:
     """Choose the validation rows of every data set.
 
-    Each gives its share. Rows with one key, of one data set or several, stay on one side; every data set keeps a row to
-    train on; together they are at most `MAX_VALIDATION_ROWS`, and at least one where rows allow.
+    Each gives its share. Rows of one group (those that say the same), of one data set or several, stay on one side;
+    every data set keeps a row to train on; together they are at most `MAX_VALIDATION_ROWS`, and at least one where rows
+    allow.
 
     Args:
-        keys: for each data set the `row_key` of its rows.
+        groups: for each data set its rows' numbers from `groups_of`.
         names: the data sets' labels.
         val_size: a share of the rows (float below 1) or their number (int); 0 chooses none.
         seed: the recipe's.
 
     Returns:
-        For each data set the positions of its validation rows, ascending.
+        For each data set the places of its validation rows, int64, ascending.
 
     Raises:
         UserError: the number leaves no row to train on.
     """
-    sizes = [len(rows) for rows in keys]
+    sizes = [len(rows) for rows in groups]
     wanted = _wanted(val_size, sum(sizes))
-    quotas = _quotas(wanted, sizes)
-    groups: dict[bytes, list[Draw]] = {}
-    for dataset, rows in enumerate(keys):
-        for position, row in enumerate(rows):
-            groups.setdefault(row, []).append(Draw(dataset, position))
-    chosen: list[set[int]] = [set() for _ in keys]
-    left = list(quotas)
-    for dataset, rows in enumerate(keys):
-        for position in random_generator(seed, "split", names[dataset]).permutation(len(rows)):
+    left = np.array(_quotas(wanted, sizes))
+    members = _Members(groups)
+    chosen: list[set[int]] = [set() for _ in groups]
+    for dataset, rows in enumerate(groups):
+        for place in random_generator(seed, "split", names[dataset]).permutation(len(rows)):
             if left[dataset] <= 0:
                 break
-            group = groups[rows[position]]
-            needed = np.bincount([draw.dataset for draw in group], minlength=len(keys))
-            if position not in chosen[dataset] and all(n <= free for n, free in zip(needed, left, strict=True)):
-                for draw in group:
-                    chosen[draw.dataset].add(draw.position)
-                    left[draw.dataset] -= 1
+            if int(place) in chosen[dataset]:
+                continue
+            datasets, places = members.of(int(rows[place]))
+            needed = np.bincount(datasets, minlength=len(groups))
+            if (needed <= left).all():
+                left -= needed
+                for member, at in zip(datasets.tolist(), places.tolist(), strict=True):
+                    chosen[member].add(at)
     if wanted > 0 and not any(chosen):
-        for draw in _smallest_group(groups, sizes):
-            chosen[draw.dataset].add(draw.position)
-    return [sorted(positions) for positions in chosen]
+        for member, at in members.smallest(sizes):
+            chosen[member].add(at)
+    return [np.array(sorted(places), np.int64) for places in chosen]
+
+
+class _Members:
+    """Which rows a group has."""
+
+    def __init__(self, groups: Sequence[np.ndarray]) -> None:
+        self._groups = np.concatenate([*groups, np.empty(0, np.int64)]).astype(np.int64)
+        self._starts = np.cumsum([0, *(len(rows) for rows in groups)])
+        self._order = np.argsort(self._groups, kind="stable")
+        self._sorted = self._groups[self._order]
+
+    def of(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """Data set and place of each row."""
+        first, last = np.searchsorted(self._sorted, [group, group + 1])
+        rows = self._order[first:last]
+        datasets = np.searchsorted(self._starts, rows, side="right") - 1
+        return datasets, rows - self._starts[datasets]
+
+    def smallest(self, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """The fewest equal rows that leave every data set a row to train on; empty where there are none."""
+        groups, counts = np.unique(self._groups, return_counts=True)
+        for group in groups[np.argsort(counts, kind="stable")].tolist():
+            datasets, places = self.of(group)
+            taken = np.bincount(datasets, minlength=len(sizes))
+            if len(places) <= MAX_VALIDATION_ROWS and all(taken < np.maximum(sizes, 1)):
+                return list(zip(datasets.tolist(), places.tolist(), strict=True))
+        return []
 
 
 def _wanted(val_size: float | int, total: int) -> int:
@@ -115,26 +126,6 @@ def _quotas(wanted: int, sizes: Sequence[int]) -> list[int]:
     for index in by_remainder[: wanted - sum(quotas)]:
         quotas[index] += 1
     return [min(quota, max(size - 1, 0)) for quota, size in zip(quotas, sizes, strict=True)]
-
-
-def _smallest_group(groups: Mapping[bytes, list[Draw]], sizes: Sequence[int]) -> list[Draw]:
-    """The fewest equal rows that leave every data set a row to train on; empty where there are none."""
-    for group in sorted(groups.values(), key=len):
-        taken = np.bincount([draw.dataset for draw in group], minlength=len(sizes))
-        if len(group) <= MAX_VALIDATION_ROWS and all(taken < np.maximum(sizes, 1)):
-            return group
-    return []
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The value's texts in order, normalised; empty ones are left out, so that null, "" and [] are the same."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif value is not None and (text := " ".join(str(value).split()).casefold()):
-        yield text
 
 
 # --------------------------------------------------------------------------------------------------------- draws

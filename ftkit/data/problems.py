@@ -8,12 +8,18 @@ MAX_SHOWN = 20
 """Problems of one kind that are shown in full."""
 
 
-def problems_error(problems: Sequence[Problem], *, of: str) -> FtkitError:
-    """One `UserError` with the first `MAX_SHOWN` problems and a count of the rest; `of` names what they are in."""
-    rest = len(problems) - MAX_SHOWN
+def problems_error(problems: Sequence[Problem], *, of: str, total: int | None = None) -> FtkitError:
+    """One `UserError` with the first `MAX_SHOWN` problems and a count of the rest.
+
+    Args:
+        of: what they are in.
+        total: how many there are, where `problems` are the first of them only.
+    """
+    total = len(problems) if total is None else total
+    rest = total - min(len(problems), MAX_SHOWN)
     if rest <= 0:
         return UserError.of(problems)
-    count = Problem(f"{rest} more of {len(problems)} problems are not shown", where=of)
+    count = Problem(f"{rest} more of {total} problems are not shown", where=of)
     return UserError.of([*problems[:MAX_SHOWN], count])
 
 

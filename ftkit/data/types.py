@@ -104,10 +104,12 @@ def document_to_json(document: Document) -> bytes:
 def document_from_json(data: bytes) -> Document:
     """The document that `document_to_json` wrote."""
     kind, values = json.loads(data.decode("utf-8", "surrogatepass"))
-    values = {name: tuple(value) if name in _TUPLES and isinstance(value, list) else value for name, value in values.items()}
+    values = {
+        name: tuple(value) if name in _TUPLES and isinstance(value, list) else value for name, value in values.items()
+    }
     if kind == "Conversation":
         messages = [
-            Message(**{name: tuple(value) if name in _TUPLES else value for name, value in message.items()})
+            Message(**{name: _as_tuple(name, value) for name, value in message.items()})
             for message in values.pop("messages")
         ]
         return Conversation(tuple(messages), **values)
@@ -115,6 +117,10 @@ def document_from_json(data: bytes) -> Document:
 
 
 _TUPLES = {"messages", "tool_calls", "tools", "options", "references"}
+
+
+def _as_tuple(name: str, value: Any) -> Any:
+    return tuple(value) if name in _TUPLES and isinstance(value, list) else value
 
 
 def _filled(item: Any, skip: str = "") -> dict[str, Any]:
@@ -167,3 +173,9 @@ class DatasetCounts:
     truncated: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """reason -> row ids"""
+    share: float = 0.0
+    """Of the run's examples."""
+    epochs: float = 0.0
+    """How often the run goes through its training rows."""
+    duplicates: int = 0
+    """Training rows that say the same as an earlier one."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
 
+from ftkit.data.cache import cache_directory
 from ftkit.errors import KeyPath, StorageError, UserError
 from ftkit.models.files import CONFIG_NAME, hash_files
 from ftkit.models.quiet import quiet_transformers
@@ -27,13 +28,6 @@ END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _INSTEAD = "name the model's original directory or hub id instead"
-
-
-def cache_directory() -> Path:
-    """FTKIT_CACHE, else XDG_CACHE_HOME/ftkit, else ~/.cache/ftkit."""
-    if own := os.environ.get("FTKIT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ftkit"
 
 
 def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:

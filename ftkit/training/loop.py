@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -163,7 +164,7 @@ class Loop:
                 batch = collate(batch_examples, packed=self.packed, pad_id=self.pad_id).to(self.world.device)
                 self.tokens_run["evaluation"] += batch.input_ids.numel()
                 loss += self.objective(batch).loss
-            loss_sum, targets = float(self.world.sum(loss)), sum(e.example.num_targets for e in examples)
+            loss_sum, targets = float(self.world.sum(loss)), int(examples.num_targets.sum())
             losses[f"eval_loss_{name}"] = loss_sum / targets
             total_loss, total_targets = total_loss + loss_sum, total_targets + targets
         self.objective.train()
@@ -194,14 +195,13 @@ class Loop:
         return round(self.plan.epoch_of_step[state.step - 1], 6) if state.step else 0.0
 
     def _targets(self, examples: list[int]) -> list[int]:
-        counts = [0] * len(self.plan.dataset_names)
-        for index in examples:
-            encoded = self.plan.examples[index]
-            counts[encoded.dataset] += encoded.example.num_targets
-        return counts
+        store = self.plan.examples
+        datasets, targets = store.dataset[examples], store.num_targets[examples]
+        counts = np.bincount(datasets, weights=targets, minlength=len(self.plan.dataset_names))
+        return [int(count) for count in counts]
 
     def _tokens(self, examples: list[int]) -> int:
-        return sum(self.plan.examples[index].example.num_tokens for index in examples)
+        return int(self.plan.examples.num_tokens[examples].sum(dtype=np.int64))
 
     def _interrupt(self, state: LoopState, signals: SignalWatch) -> None:
         # Another rank may have got the signal; all of them report the same one.

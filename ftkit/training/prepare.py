@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ftkit.console import Console, human_count, make_table
@@ -31,28 +32,35 @@ class Prepared:
         plan = self.plan
         name = self.base.name + (f" at {self.base.revision[:12]}" if self.base.revision else "")
         console.line(f"base       {name} ({self.config.model_type})")
-        table = make_table(
-            "mixture",
-            [("data set", "left"), ("rows", "right"), ("used", "right"), ("examples", "right"), ("tokens", "right"),
-             ("trained", "right"), ("truncated", "right"), ("dropped", "right")],
-        )  # fmt: skip
-        for counts in plan.counts:
-            numbers = (counts.rows, counts.rows_used, counts.examples, counts.tokens, counts.target_tokens)
-            dropped = sum(len(rows) for rows in counts.dropped.values())
-            table.add_row(counts.name, *(human_count(n) for n in (*numbers, counts.truncated, dropped)))
-        console.table(table)
+        console.table(mixture_table(plan))
         for counts in plan.counts:
             for why, rows in counts.dropped.items():
                 console.line(f"dropped    {counts.name}: {len(rows)} rows, {why} (rows {_first(rows)})")
         validation = ", ".join(f"{name} {len(examples)}" for name, examples in plan.validation.items()) or "none"
-        tokens = sum(plan.examples[index].example.num_tokens for step in plan.steps for index in step)
         console.line(f"validation {validation}")
         console.line(
             f"plan       {len(plan.steps)} steps of {self.recipe.training.global_batch_size} examples, "
-            f"{human_count(tokens)} tokens, {human_count(sum(plan.targets_per_step))} of them trained on"
+            f"{human_count(plan.num_tokens)} tokens, {human_count(sum(plan.targets_per_step))} of them trained on"
         )
         for warning in plan.warnings:
             console.warning(warning)
+
+
+def mixture_table(plan: Plan) -> Table:
+    """What became of every data set, over the whole run."""
+    right = ("rows", "used", "examples", "tokens", "trained", "share", "epochs", "truncated", "dropped")
+    table = make_table("mixture", [("data set", "left"), *((name, "right") for name in right)])
+    for counts in plan.counts:
+        dropped = sum(len(rows) for rows in counts.dropped.values())
+        table.add_row(
+            counts.name,
+            *map(human_count, (counts.rows, counts.rows_used, counts.examples, counts.tokens, counts.target_tokens)),
+            f"{100 * counts.share:.1f}%",
+            f"{counts.epochs:.2f}",
+            human_count(counts.truncated),
+            human_count(dropped),
+        )
+    return table
 
 
 def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remote_code: bool) -> Prepared:

@@ -1,0 +1,259 @@
+"""Encodes a run's rows into a file of examples: in parallel, and only what has not been encoded before."""
+
+import hashlib
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ftkit.data.cache import code_version, digest_of, prepared
+from ftkit.data.corpus import Corpus, Progress
+from ftkit.data.encode import Encoder
+from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
+from ftkit.data.store import (
+    EXAMPLE_SCHEMA,
+    EXAMPLES,
+    ExampleColumns,
+    ExampleStore,
+    read_facts,
+    write_facts,
+    write_table,
+)
+from ftkit.data.types import IGNORE, Conversation, Example
+from ftkit.data.variants import document_of
+from ftkit.errors import Problem, UserError
+
+NO_TARGET = "no token to train on"
+CHUNK = 512
+"""Jobs that a process encodes at once."""
+MIN_PARALLEL = 20_000
+"""Fewer jobs are encoded here: other processes would take longer to start."""
+JOBS = "jobs.npz"
+
+
+@dataclass
+class Encoded:
+    """What became of jobs."""
+
+    examples: ExampleStore
+    first: np.ndarray
+    """int64 [jobs + 1]: job j has the examples first[j] to first[j + 1]."""
+    reason: np.ndarray
+    """int16 [jobs], index into `reasons`, -1 where every part of it became an example."""
+    reasons: list[str]
+    uncut: np.ndarray
+    """int32 [jobs], tokens of the longest example before anything was cut."""
+    saw_reasoning: bool
+    """Whether any trained conversation holds thoughts."""
+
+
+def encode_jobs(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *, progress: Progress) -> Encoded:
+    """Encode every job once, or find them encoded.
+
+    Args:
+        jobs: sorted, each once; `dataset` is an index into `corpora`.
+        corpora: their data sets.
+        encoder: turns documents into examples.
+        progress: told how far it is.
+
+    Raises:
+        UserError: the chat template does not take some rows (all of them at once).
+    """
+    sources = [corpus.store.directory.name for corpus in corpora]
+    forms = [
+        [corpus.section.chat_template_kwargs, corpus.phrasings and corpus.phrasings.section.model_dump(mode="json")]
+        for corpus in corpora
+    ]
+    key = digest_of("examples", code_version(), sources, forms, encoder.digest, hashlib.sha256(jobs).hexdigest())
+    entry = prepared(key, lambda directory: _write(directory, jobs, corpora, encoder, progress))
+    facts = read_facts(entry)
+    with np.load(entry / JOBS) as arrays:
+        counts, reason, uncut = arrays["counts"], arrays["reason"], arrays["uncut"]
+    first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return Encoded(ExampleStore(entry / EXAMPLES), first, reason, facts["reasons"], uncut, facts["saw_reasoning"])
+
+
+# ------------------------------------------------------------------------------------------------------- a chunk
+
+
+@dataclass
+class _Chunk:
+    """Some jobs, encoded."""
+
+    columns: ExampleColumns = field(default_factory=ExampleColumns)
+    counts: list[int] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+    uncut: list[int] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    saw_reasoning: bool = False
+
+
+class _ChunkEncoder:
+    """Encodes chunks; lives in each process."""
+
+    def __init__(self, corpora: Sequence[Corpus], encoder: Encoder) -> None:
+        self._corpora, self._encoder = corpora, encoder
+        self._indices = [corpus.store.column("index") for corpus in corpora]
+
+    def encode(self, jobs: np.ndarray) -> _Chunk:
+        chunk = _Chunk()
+        for job in jobs:
+            self._encode(job, chunk)
+        return chunk
+
+    def _encode(self, job: np.ndarray, chunk: _Chunk) -> None:
+        number, position = int(job["dataset"]), int(job["position"])
+        corpus = self._corpora[number]
+        where = corpus.store.where(position)
+        kept = 0
+        try:
+            document = document_of(job, corpus.store, corpus.phrasings, corpus.section)
+            result = self._encoder.encode(document, where)
+        except UserError as error:
+            chunk.problems += error.problems
+            result = None
+        except RowError as error:
+            chunk.problems.append(Problem(error.what, error.how, where))
+            result = None
+        reason = None
+        if result is not None:
+            row = int(self._indices[number][position])
+            for example in result.examples:
+                if example.num_targets:
+                    _add(chunk.columns, example, number, row)
+                    kept += 1
+            reason = result.reason or (NO_TARGET if kept < max(1, len(result.examples)) else None)
+            chunk.saw_reasoning |= isinstance(document, Conversation) and any(
+                message.reasoning_content or "<think>" in message.content
+                for message in document.messages
+                if message.role == "assistant"
+            )
+        chunk.counts.append(kept)
+        chunk.reasons.append(reason)
+        chunk.uncut.append(0 if result is None else _uncut(result.examples, result.uncut))
+
+
+def _uncut(examples: Sequence[Example], uncut: int) -> int:
+    return max([uncut, *(example.num_tokens for example in examples)])
+
+
+def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> None:
+    ids, labels = example.input_ids.astype("<i4"), example.labels.astype("<i4")
+    trained = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE, [False]])))
+    assert (labels[labels != IGNORE] == ids[labels != IGNORE]).all(), "a target is the token itself"
+    columns.input_ids.append(ids)
+    columns.spans.append(trained.astype(np.int32))
+    columns.num_targets.append(example.num_targets)
+    columns.truncated.append(example.truncated)
+    columns.dataset.append(dataset)
+    columns.row.append(row)
+    columns.digest.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=16).digest())
+
+
+# ------------------------------------------------------------------------------------------------------ all of them
+
+
+def _write(directory: Path, jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, progress: Progress) -> None:
+    summary = _Summary(len(jobs))
+    chunks = _encoded_chunks(jobs, corpora, encoder)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for chunk in chunks:
+            summary.add(chunk)
+            progress("encoding", summary.done, len(jobs))
+            yield chunk.columns.to_batch()
+
+    write_table(directory / EXAMPLES, EXAMPLE_SCHEMA, batches())
+    summary.raise_problems(corpora)
+    np.savez(directory / JOBS, counts=summary.counts, reason=summary.reason, uncut=summary.uncut)
+    write_facts(directory, {"reasons": summary.reasons, "saw_reasoning": summary.saw_reasoning})
+
+
+class _Summary:
+    """What is known of each job, and what went wrong."""
+
+    def __init__(self, num_jobs: int) -> None:
+        self.done = 0
+        self.counts = np.zeros(num_jobs, np.int32)
+        self.reason = np.full(num_jobs, -1, np.int16)
+        self.uncut = np.zeros(num_jobs, np.int32)
+        self.reasons: list[str] = []
+        self.saw_reasoning = False
+        self._first: dict[tuple[str, str | None], Problem] = {}
+        self._times: Counter[tuple[str, str | None]] = Counter()
+
+    def add(self, chunk: _Chunk) -> None:
+        end = self.done + len(chunk.counts)
+        self.counts[self.done : end] = chunk.counts
+        self.uncut[self.done : end] = chunk.uncut
+        for place, reason in enumerate(chunk.reasons, start=self.done):
+            if reason is not None:
+                if reason not in self.reasons:
+                    self.reasons.append(reason)
+                self.reason[place] = self.reasons.index(reason)
+        self.saw_reasoning |= chunk.saw_reasoning
+        for problem in chunk.problems:
+            # A template refuses thousands of rows for one reason: that is one problem, at the first of them.
+            same = (problem.what, problem.how)
+            self._times[same] += 1
+            if len(self._first) < 1000:
+                self._first.setdefault(same, problem)
+        self.done = end
+
+    def raise_problems(self, corpora: Sequence[Corpus]) -> None:
+        if not self._first:
+            return
+        merged = [
+            replace(problem, what=f"{problem.what} (and {self._times[same] - 1} rows more)")
+            if self._times[same] > 1
+            else problem
+            for same, problem in self._first.items()
+        ]
+        names = ", ".join(corpus.name for corpus in corpora)
+        raise problems_error(merged[:MAX_SHOWN], of=names, total=max(len(merged), len(self._times)))
+
+
+def _encoded_chunks(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder) -> Iterator[_Chunk]:
+    """The chunks in order, encoded here or by as many processes as there are cores."""
+    parts = [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]
+    workers = _cores() if len(jobs) >= MIN_PARALLEL else 1
+    if workers == 1:
+        encode = _ChunkEncoder(corpora, encoder).encode
+        yield from map(encode, parts)
+        return
+    # Spawned, not forked: this process has threads, of torch and of the tokenizers, which a fork would break.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, initializer=_start_worker, initargs=(corpora, encoder)) as pool:
+        # At most so many chunks are under way or wait to be written: memory does not grow with the data.
+        ahead: list[Any] = []
+        for part in parts:
+            ahead.append(pool.apply_async(_encode_in_worker, (part,)))
+            if len(ahead) >= 4 * workers:
+                yield ahead.pop(0).get()
+        for result in ahead:
+            yield result.get()
+
+
+_worker: _ChunkEncoder | None = None
+
+
+def _start_worker(corpora: Sequence[Corpus], encoder: Encoder) -> None:
+    global _worker
+    # One process a core: the tokenizer's own threads would only get in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = _ChunkEncoder(corpora, encoder)
+
+
+def _encode_in_worker(jobs: np.ndarray) -> _Chunk:
+    assert _worker is not None, "started by the pool"
+    return _worker.encode(jobs)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,232 @@
+"""Documents and examples in Arrow files, mapped into memory: any is at hand, and none takes memory of its own."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from ftkit.data.types import IGNORE, Document, EncodedExample, Example, document_from_json
+
+ROWS, EXAMPLES, DOCUMENTS, FACTS = "rows.arrow", "examples.arrow", "documents.arrow", "facts.json"
+BATCH = 1024
+"""Rows of an Arrow record batch."""
+KEY = np.dtype("V16")
+"""16 bytes that stand for a text."""
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("document", pa.large_binary()),
+        ("where", pa.string()),
+        ("cluster", pa.string()),
+        ("index", pa.int64()),
+        ("key", pa.binary(16)),
+        ("has_rationale", pa.bool_()),
+    ]
+)
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.large_list(pa.int32())),
+        # Target tokens as bounds [start, end, start, end, ...].
+        ("spans", pa.large_list(pa.int32())),
+        ("num_targets", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("dataset", pa.int32()),
+        ("row", pa.int64()),
+        ("digest", pa.binary(16)),
+    ]
+)
+
+
+def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write record batches to an Arrow file, one in memory at a time."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def write_facts(directory: Path, facts: dict[str, Any]) -> None:
+    """Write what else is known of an entry."""
+    (directory / FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """What `write_facts` wrote."""
+    facts: dict[str, Any] = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+    return facts
+
+
+class _Table:
+    """An Arrow file, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
+        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+    def locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        """The record batch of row `index`, and its place there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self._batches[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole column of numbers or of keys, in memory."""
+        parts = [batch.column(name) for batch in self._batches]
+        if self._batches and pa.types.is_fixed_size_binary(parts[0].type):
+            arrays = [np.frombuffer(part.buffers()[1], KEY)[part.offset : part.offset + len(part)] for part in parts]
+        else:
+            arrays = [part.to_numpy(zero_copy_only=False) for part in parts]
+        return np.concatenate(arrays) if arrays else np.empty(0)
+
+
+class RowStore:
+    """The rows of a data set that could be read, as documents."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._table = _Table(directory / ROWS)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowStore, (self.directory,)
+
+    def document(self, position: int) -> Document:
+        """The document of a row."""
+        batch, place = self._table.locate(position)
+        return document_from_json(batch.column("document")[place].as_py())
+
+    def where(self, position: int) -> str:
+        """`file:line` of a row."""
+        batch, place = self._table.locate(position)
+        return str(batch.column("where")[place].as_py())
+
+    def column(self, name: str) -> np.ndarray:
+        """`index`, `key`, `cluster` or `has_rationale` of all rows."""
+        return self._table.column(name)
+
+
+class ExampleStore(Sequence[EncodedExample]):
+    """Encoded examples."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = _Table(path)
+        self.num_tokens = self._lengths("input_ids")
+        """int32 [examples]"""
+        self.num_targets: np.ndarray = self._table.column("num_targets").astype(np.int32)
+        """int32 [examples]"""
+        self.dataset: np.ndarray = self._table.column("dataset").astype(np.int32)
+        """int32 [examples]"""
+        self.digests = self._table.column("digest").astype(KEY)
+        """[examples], 16 bytes of each one's ids and labels."""
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
+
+    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        batch, place = self._table.locate(index)
+        ids = _slice(batch.column("input_ids"), place)
+        labels = np.full_like(ids, IGNORE)
+        for start, end in _slice(batch.column("spans"), place).reshape(-1, 2):
+            labels[start:end] = ids[start:end]
+        truncated = batch.column("truncated")[place].as_py()
+        row, dataset = batch.column("row")[place].as_py(), batch.column("dataset")[place].as_py()
+        return EncodedExample(Example(ids, labels, truncated), dataset, row)
+
+    def _lengths(self, name: str) -> np.ndarray:
+        parts = [np.diff(batch.column(name).offsets.to_numpy()) for batch in self._table._batches]
+        return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class ExampleView(Sequence[EncodedExample]):
+    """Some of a store's examples."""
+
+    store: ExampleStore
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> EncodedExample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
+
+    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(index, slice):
+            return [self.store[int(place)] for place in self.indices[index]]
+        return self.store[int(self.indices[index])]
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """int32 [examples]"""
+        return self.store.num_tokens[self.indices]
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """int32 [examples]"""
+        return self.store.num_targets[self.indices]
+
+
+def _slice(column: Any, place: int) -> np.ndarray:
+    offsets = column.offsets
+    start, end = offsets[place].as_py(), offsets[place + 1].as_py()
+    values: np.ndarray = column.values.slice(start, end - start).to_numpy()
+    return values
+
+
+@dataclass
+class ExampleColumns:
+    """Examples on their way into a file."""
+
+    input_ids: list[np.ndarray] = field(default_factory=list)
+    spans: list[np.ndarray] = field(default_factory=list)
+    num_targets: list[int] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    dataset: list[int] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    digest: list[bytes] = field(default_factory=list)
+
+    def to_batch(self) -> pa.RecordBatch:
+        """As an Arrow record batch."""
+        return pa.RecordBatch.from_arrays(
+            [
+                _as_lists(self.input_ids),
+                _as_lists(self.spans),
+                pa.array(self.num_targets, pa.int32()),
+                pa.array(self.truncated, pa.bool_()),
+                pa.array(self.dataset, pa.int32()),
+                pa.array(self.row, pa.int64()),
+                pa.array(self.digest, pa.binary(16)),
+            ],
+            schema=EXAMPLE_SCHEMA,
+        )
+
+
+def _as_lists(arrays: Sequence[np.ndarray]) -> pa.LargeListArray:
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
+    values = np.concatenate(arrays).astype(np.int32) if arrays else np.empty(0, np.int32)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))

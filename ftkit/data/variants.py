@@ -1,0 +1,107 @@
+"""How each drawn row is asked: its phrasing, with or without the reasoning, and the solved examples before it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ftkit.data.mixture import random_generator
+from ftkit.data.phrasings import PhrasingSet
+from ftkit.data.store import RowStore
+from ftkit.data.types import Conversation, Document, Message, TaskRecord
+from ftkit.recipe.schema import DatasetSection
+
+MAX_SHOTS = 8
+"""The schema's limit for `shots`."""
+JOB = np.dtype(
+    [("dataset", ">i4"), ("position", ">i8"), ("phrasing", ">i2"), ("shots", ">i8", (MAX_SHOTS,))],
+)
+"""A row in one form: data set, position in its store, phrasing, positions of the examples shown before it; -1: none.
+Big-endian, so that jobs sorted as bytes are sorted by data set, then position."""
+
+
+def plain_jobs(dataset: int, positions: np.ndarray) -> np.ndarray:
+    """Jobs of rows that are always put alike."""
+    jobs = np.full(len(positions), -1, JOB) if len(positions) else np.empty(0, JOB)
+    jobs["dataset"], jobs["position"], jobs["phrasing"], jobs["shots"] = dataset, positions, -1, -1
+    return jobs
+
+
+def choose_variants(
+    dataset: int,
+    positions: np.ndarray,
+    phrasings: PhrasingSet,
+    section: DatasetSection,
+    has_rationale: np.ndarray,
+    others: np.ndarray,
+    *,
+    name: str,
+    epoch: int,
+    seed: int,
+) -> np.ndarray:
+    """One form for each draw of an epoch; a pure function of seed, data set and epoch.
+
+    Args:
+        dataset: its index.
+        positions: int64 [N], the drawn rows' positions in the store.
+        phrasings: of the data set.
+        section: of the recipe.
+        has_rationale: bool [N], whether the row has a rationale.
+        others: int64, positions of the rows that may be shown as examples.
+        name: the data set's label.
+        epoch: number of the epoch.
+        seed: the recipe's.
+    """
+    rng = random_generator(seed, "phrasing", name, epoch)
+    jobs = plain_jobs(dataset, positions)
+    share = {"never": 0.0, "always": 1.0}.get(section.rationale, section.rationale)  # type: ignore[arg-type]
+    reasons = has_rationale & (rng.random(len(jobs)) < share) if phrasings.reasoned else np.zeros(len(jobs), bool)
+    jobs["phrasing"] = rng.choice(phrasings.plain, len(jobs))
+    if reasons.any():
+        jobs["phrasing"][reasons] = rng.choice(phrasings.reasoned, int(reasons.sum()))
+    shown = np.flatnonzero(rng.random(len(jobs)) < section.few_shot)
+    for index in shown:
+        pool = others[others != positions[index]] if len(others) <= 64 else others
+        drawn = rng.choice(pool, min(section.shots + 1, len(pool)), replace=False) if len(pool) else []
+        drawn = [position for position in drawn if position != positions[index]][: section.shots]
+        jobs["shots"][index, : len(drawn)] = drawn
+    return jobs
+
+
+def measured_jobs(dataset: int, positions: np.ndarray, phrasings: PhrasingSet, *, name: str, seed: int) -> np.ndarray:
+    """Validation rows: each asked in one of the phrasings that ask for the answer, the same in every evaluation."""
+    jobs = plain_jobs(dataset, positions)
+    jobs["phrasing"] = random_generator(seed, "phrasing", name, "validation").choice(phrasings.direct, len(jobs))
+    return jobs
+
+
+def document_of(job: np.ndarray, store: RowStore, phrasings: PhrasingSet | None, section: DatasetSection) -> Document:
+    """The row of a job in the job's form, with the data set's keywords for the chat template.
+
+    Raises:
+        RowError: the phrasing names a column that the row lacks.
+    """
+    document = store.document(int(job["position"]))
+    if isinstance(document, TaskRecord):
+        assert phrasings is not None, "a record is put into words"
+        shots = [store.document(int(position)) for position in job["shots"] if position >= 0]
+        document = phrase(document, phrasings, int(job["phrasing"]), [s for s in shots if isinstance(s, TaskRecord)])
+    if isinstance(document, Conversation) and section.chat_template_kwargs:
+        kwargs = section.chat_template_kwargs | document.chat_template_kwargs
+        document = replace(document, chat_template_kwargs=kwargs)
+    return document
+
+
+def phrase(record: TaskRecord, phrasings: PhrasingSet, index: int, shots: Sequence[TaskRecord] = ()) -> Conversation:
+    """A record as a conversation: the prompt, after solved examples in the same phrasing, and the answer."""
+    prompt, target = phrasings.phrase(record, index)
+    # An example that the phrasing cannot be filled with (no rationale, say) is left out.
+    solved = ["\n\n".join(phrasings.phrase(shot, index)) for shot in shots if _has(shot, record)]
+    text = "\n\n\n".join([*solved, prompt])
+    accepted = record.references if target == record.target else (target,)
+    options = record.options if target in record.options else ()
+    return Conversation((Message("user", text), Message("assistant", target)), (), options, accepted)
+
+
+def _has(shot: TaskRecord, record: TaskRecord) -> bool:
+    return (record.rationale is None or shot.rationale is not None) and bool(shot.options) == bool(record.options)
