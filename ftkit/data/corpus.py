@@ -9,16 +9,16 @@ import numpy as np
 import pyarrow as pa
 
 from ftkit.data.cache import code_version, digest_of, prepared
-from ftkit.data.duplicates import document_key
-from ftkit.data.formats import RowParser
+from ftkit.data.duplicates import content_key
 from ftkit.data.mixture import choose_subset
 from ftkit.data.phrasings import PhrasingSet
 from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
 from ftkit.data.readers import BadRecord
+from ftkit.data.row_parser import RowParser
 from ftkit.data.sources import find_source, no_rows
 from ftkit.data.store import BATCH, ROW_SCHEMA, ROWS, RowStore, read_facts, write_facts, write_table
 from ftkit.data.task_rows import SkippedRow
-from ftkit.data.types import Row, TaskRecord, document_to_json
+from ftkit.data.types import Row, TaskRecord, content_to_json
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.schema import DataSection, DatasetSection
 
@@ -146,7 +146,7 @@ def _write_rows(
         reading.finish(section)
         raise no_rows(section, key)
     parser = RowParser(sample, section, key=key, base=base)
-    rows = reading.documents(chain(first, stream), parser, lambda done: progress(f"reading {name}", done, 0))
+    rows = reading.contents(chain(first, stream), parser, lambda done: progress(f"reading {name}", done, 0))
     write_table(directory / ROWS, ROW_SCHEMA, _in_batches(rows, parser))
     reading.finish(section)
     if reading.kept == 0:
@@ -165,16 +165,16 @@ class _Reading:
         self._problems: list[Problem] = []
         self._num_problems = 0
 
-    def documents(
+    def contents(
         self, found_rows: Iterator[Found], parser: RowParser, progress: Callable[[int], None]
     ) -> Iterator[tuple[Row, bytes, bytes, bool]]:
-        """Row, its document as JSON, its key, whether it has a rationale; of every row that can be used."""
+        """Row, its content as JSON, its key, whether it has a rationale; of every row that can be used."""
         for found in found_rows:
             self.note(found)
             if not isinstance(found, Row):
                 continue
             try:
-                document = parser.parse(found)
+                content = parser.parse(found)
             except RowError as error:
                 self._bad(Problem(error.what, error.how, found.where), found.index)
                 continue
@@ -184,8 +184,8 @@ class _Reading:
             self.kept += 1
             if self.kept % BATCH == 0:
                 progress(self.kept)
-            has_rationale = isinstance(document, TaskRecord) and document.rationale is not None
-            yield found, document_to_json(document), document_key(document), has_rationale
+            has_rationale = isinstance(content, TaskRecord) and content.rationale is not None
+            yield found, content_to_json(content), content_key(content), has_rationale
 
     def note(self, found: Found) -> None:
         """Count what was read; a file that cannot be read on is an error in any case."""
@@ -216,7 +216,7 @@ def _in_batches(rows: Iterator[tuple[Row, bytes, bytes, bool]], parser: RowParse
     own = parser.dataset.cluster or (parser.phrasings.section.cluster if parser.phrasings is not None else None)
     while batch := list(islice(rows, BATCH)):
         columns = [
-            [document for _, document, _, _ in batch],
+            [content for _, content, _, _ in batch],
             [row.where for row, _, _, _ in batch],
             [own or str(row.fields.get("cluster") or "") for row, _, _, _ in batch],
             [row.index for row, _, _, _ in batch],

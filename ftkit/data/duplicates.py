@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ftkit.data.types import Conversation, Document, Text
+from ftkit.data.types import Conversation, RowContent, Text
 
 
-def document_key(document: Document) -> bytes:
-    """16 bytes, equal for documents whose texts are equal up to case and white space."""
-    parts = "\0".join(_texts(document))
+def content_key(content: RowContent) -> bytes:
+    """16 bytes, equal for rows whose texts are equal up to case and white space."""
+    parts = "\0".join(_texts(content))
     return hashlib.blake2b(parts.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -42,18 +42,18 @@ def repeated(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
     return np.split(again, np.cumsum([len(part) for part in groups])[:-1])
 
 
-def _texts(document: Document) -> Iterator[str]:
-    """The document's texts in order, normalised; empty ones are left out, so that null and "" are the same."""
-    if isinstance(document, Text):
-        values: list[Any] = [document.text]
-    elif isinstance(document, Conversation):
+def _texts(content: RowContent) -> Iterator[str]:
+    """The row's texts in order, normalised; empty ones are left out, so that null and "" are the same."""
+    if isinstance(content, Text):
+        values: list[Any] = [content.text]
+    elif isinstance(content, Conversation):
         values = [
             part
-            for message in document.messages
+            for message in content.messages
             for part in (message.role, message.reasoning_content, message.content, *map(_as_json, message.tool_calls))
         ]
     else:
-        values = [*document.fields.values(), document.target]
+        values = [*content.fields.values(), content.target]
     for value in values:
         text = value if isinstance(value, str) else "" if value is None else _as_json(value)
         if text := " ".join(text.split()).casefold():

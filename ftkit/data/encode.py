@@ -72,7 +72,14 @@ class Encoder:
         """SHA-256 in hex."""
         from ftkit.data.cache import digest_of
 
-        return digest_of(self._tokenizer.backend_tokenizer.to_str(), self.template.templates, self.template.kwargs, self.max_length, self.turns, self.train_on)
+        return digest_of(
+            self._tokenizer.backend_tokenizer.to_str(),
+            self.template.templates,
+            self.template.kwargs,
+            self.max_length,
+            self.turns,
+            self.train_on,
+        )
 
     def encode(self, document: Document, where: str = "") -> EncodeResult:
         """The examples of a document: none, with the reason, where nothing is left to train on.

@@ -70,7 +70,9 @@ def encode_jobs(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *
         [corpus.section.chat_template_kwargs, corpus.phrasings and corpus.phrasings.section.model_dump(mode="json")]
         for corpus in corpora
     ]
-    key = digest_of("examples", code_version(), sources, forms, encoder.digest, hashlib.sha256(jobs).hexdigest())
+    key = digest_of(
+        "examples", code_version(), sources, forms, encoder.digest, hashlib.sha256(jobs.tobytes()).hexdigest()
+    )
     entry = prepared(key, lambda directory: _write(directory, jobs, corpora, encoder, progress))
     facts = read_facts(entry)
     with np.load(entry / JOBS) as arrays:

@@ -5,17 +5,14 @@ To add a format: one function from a row to a document, and one line in FORMATS.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ftkit.data.fields import accepted_answers, answers_of, only_instance, pairs_of, text_of
-from ftkit.data.phrasings import PhrasingSet, find_phrasings
-from ftkit.data.problems import RowError, problems_error, quoted, shorten
+from ftkit.data.problems import RowError, quoted, shorten
 from ftkit.data.task_records import fill_template, generic_prompt, parse_template
-from ftkit.data.task_rows import read_record
 from ftkit.data.turns import answer, check_order, parse_tools, parse_turns
-from ftkit.data.types import Conversation, Document, Message, Row, TaskRecord, Text
-from ftkit.errors import KeyPath, Problem, UserError
+from ftkit.data.types import Conversation, Document, Message, Row, Text
+from ftkit.errors import KeyPath, UserError
 from ftkit.recipe.schema import DatasetSection
 
 
@@ -110,7 +107,9 @@ FORMATS: dict[str, Format] = {
     ),
     "sharegpt": Format(("conversations",), parse_sharegpt, optional=("system", "tools", _KWARGS)),
     "messages": Format(("messages",), parse_messages, optional=("system", "tools", _KWARGS)),
-    "prompt_completion": Format(("prompt", "completion"), parse_prompt_completion, optional=("system", "tools", _KWARGS)),
+    "prompt_completion": Format(
+        ("prompt", "completion"), parse_prompt_completion, optional=("system", "tools", _KWARGS)
+    ),
     "text": Format(("text",), parse_text),
     "task": Format(("inputs", "target"), parse_task, optional=("references", "system", "cluster")),
 }
@@ -128,82 +127,6 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "target": ("answer", "label", "output"),
 }
 """Column -> names that it has in other data sets; only for the fix that an error suggests."""
-
-
-class RowParser:
-    """Turns the rows of one data set into documents."""
-
-    def __init__(self, sample: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path) -> None:
-        """
-        Args:
-            sample: the first rows, which tell the format where the recipe does not.
-            dataset: the data set's section of the recipe.
-            key: the section's place in the recipe, for errors.
-            base: the directory that a file of phrasings is looked for in.
-
-        Raises:
-            UserError: the format is unknown, its columns are missing, or there are no such phrasings.
-        """
-        self.phrasings: PhrasingSet | None = None
-        """Where rows are put into words anew in each epoch."""
-        self.dataset = dataset
-        if dataset.templates is not None:
-            self.phrasings = find_phrasings(dataset.templates, base=base, key=(*key, "templates"))
-            self._check_phrasings(key)
-            return
-        self._format = dataset.format or detect_format(sample, dataset, key)
-        _check_section(self._format, dataset, key)
-        _check_columns(sample, self._format, dataset, key)
-        self._sources = source_columns(self._format, dataset)
-
-    def parse(self, row: Row) -> Document:
-        """The row's document.
-
-        Raises:
-            RowError: what is wrong with it.
-            SkippedRow: it has no answer, and says so.
-        """
-        if self.phrasings is not None:
-            columns = self.dataset.columns.model_dump(exclude_none=True)
-            document: Document = read_record(self.phrasings, row.fields, columns, self.dataset.labels)
-        else:
-            sources = self._sources.items()
-            fields = {column: row.fields[source] for column, source in sources if source in row.fields}
-            document = FORMATS[self._format].parse(replace(row, fields=fields), self.dataset)
-        _check_unicode(document)
-        return document
-
-    def _check_phrasings(self, key: KeyPath) -> None:
-        if self.dataset.format not in (None, "task"):
-            what = f"format {self.dataset.format} is not phrased by templates"
-            raise UserError(what, how="remove one of them", key=(*key, "format"))
-        if self.dataset.template is not None:
-            raise UserError("template and templates exclude each other", how="keep one", key=(*key, "template"))
-
-
-def parse_rows(rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path = Path()) -> list[Document]:
-    """One document a row, of a small data set at once.
-
-    Args:
-        rows: rows of `read_rows`.
-        dataset: their section of the recipe.
-        key: the section's place in the recipe, for errors.
-        base: the directory that a file of phrasings is looked for in.
-
-    Raises:
-        UserError: the format is unknown, its columns are missing, or rows are wrong (all of them at once).
-    """
-    parser = RowParser(rows, dataset, key=key, base=base)
-    documents: list[Document] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            documents.append(parser.parse(row))
-        except RowError as error:
-            problems.append(Problem(error.what, error.how, row.where))
-    if problems:
-        raise problems_error(problems, of=dataset.path)
-    return documents
 
 
 def detect_format(rows: Sequence[Row], dataset: DatasetSection, key: KeyPath) -> str:
@@ -241,7 +164,7 @@ def source_columns(name: str, dataset: DatasetSection) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_section(name: str, dataset: DatasetSection, key: KeyPath) -> None:
+def check_section(name: str, dataset: DatasetSection, key: KeyPath) -> None:
     """Keys of the section that the format cannot use, and a template that cannot be read."""
     known = (*FORMATS[name].columns, *FORMATS[name].optional)
     for column in dataset.columns.model_dump(exclude_none=True):
@@ -259,7 +182,7 @@ def _check_section(name: str, dataset: DatasetSection, key: KeyPath) -> None:
         raise UserError(f"not a template: {error}", how=how, key=(*key, "template")) from None
 
 
-def _check_columns(rows: Sequence[Row], name: str, dataset: DatasetSection, key: KeyPath) -> None:
+def check_columns(rows: Sequence[Row], name: str, dataset: DatasetSection, key: KeyPath) -> None:
     """Columns that no row has: one error instead of one a row."""
     present = _present(rows)
     for column, source in dataset.columns.model_dump(exclude_none=True).items():
@@ -312,20 +235,6 @@ def _mapping(name: str, present: Sequence[str]) -> str | None:
 
 def _short_row(row: Row) -> str:
     return shorten({name: shorten(value, width=40) for name, value in row.fields.items()}, width=240)
-
-
-def _check_unicode(document: Document) -> None:
-    """Half a surrogate pair ("\\ud83d" in JSON) is no text: no tokenizer takes it."""
-    texts = [document.text] if isinstance(document, Text) else []
-    if isinstance(document, Conversation):
-        texts = [message.content for message in document.messages]
-    elif isinstance(document, TaskRecord):
-        texts = [str(value) for value in (*document.fields.values(), document.target)]
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError(f"half a surrogate pair at character {error.start}", "remove or complete it") from None
 
 
 # ------------------------------------------------------------------------------------------------ parts of a row

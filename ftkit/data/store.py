@@ -9,7 +9,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from ftkit.data.types import IGNORE, Document, EncodedExample, Example, document_from_json
+from ftkit.data.types import IGNORE, EncodedExample, Example, RowContent, content_from_json
 
 ROWS, EXAMPLES, DOCUMENTS, FACTS = "rows.arrow", "examples.arrow", "documents.arrow", "facts.json"
 BATCH = 1024
@@ -19,7 +19,7 @@ KEY = np.dtype("V16")
 
 ROW_SCHEMA = pa.schema(
     [
-        ("document", pa.large_binary()),
+        ("content", pa.large_binary()),
         ("where", pa.string()),
         ("cluster", pa.string()),
         ("index", pa.int64()),
@@ -86,13 +86,15 @@ class _Table:
         parts = [batch.column(name) for batch in self._batches]
         if self._batches and pa.types.is_fixed_size_binary(parts[0].type):
             arrays = [np.frombuffer(part.buffers()[1], KEY)[part.offset : part.offset + len(part)] for part in parts]
+        elif self._batches and pa.types.is_string(parts[0].type):
+            arrays = [np.array(part.to_pylist(), dtype=object) for part in parts]
         else:
-            arrays = [part.to_numpy(zero_copy_only=False) for part in parts]
+            arrays = [np.asarray(part.cast(pa.uint8()) if pa.types.is_boolean(part.type) else part) for part in parts]
         return np.concatenate(arrays) if arrays else np.empty(0)
 
 
 class RowStore:
-    """The rows of a data set that could be read, as documents."""
+    """The rows of a data set that could be read."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -104,10 +106,10 @@ class RowStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return RowStore, (self.directory,)
 
-    def document(self, position: int) -> Document:
-        """The document of a row."""
+    def content(self, position: int) -> RowContent:
+        """What a row was read as."""
         batch, place = self._table.locate(position)
-        return document_from_json(batch.column("document")[place].as_py())
+        return content_from_json(batch.column("content")[place].as_py())
 
     def where(self, position: int) -> str:
         """`file:line` of a row."""
@@ -130,6 +132,8 @@ class ExampleStore(Sequence[EncodedExample]):
         """int32 [examples]"""
         self.dataset: np.ndarray = self._table.column("dataset").astype(np.int32)
         """int32 [examples]"""
+        self.truncated: np.ndarray = self._table.column("truncated").astype(bool)
+        """bool [examples], whether text was cut."""
         self.digests = self._table.column("digest").astype(KEY)
         """[examples], 16 bytes of each one's ids and labels."""
 

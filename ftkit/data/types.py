@@ -88,21 +88,25 @@ class TaskRecord:
     """The reasoning that leads to the answer."""
 
 
-Document = Conversation | Text | TaskRecord
+Document = Conversation | Text
+"""What is encoded."""
+
+RowContent = Document | TaskRecord
+"""What a row is read as."""
 
 
-def document_to_json(document: Document) -> bytes:
-    """A document as JSON, for the files of prepared data."""
-    kind = type(document).__name__
-    if isinstance(document, Conversation):
-        values = {"messages": [_filled(message) for message in document.messages], **_filled(document, skip="messages")}
+def content_to_json(content: RowContent) -> bytes:
+    """A row's content as JSON, for the files of prepared data."""
+    kind = type(content).__name__
+    if isinstance(content, Conversation):
+        values = {"messages": [_filled(message) for message in content.messages], **_filled(content, skip="messages")}
     else:
-        values = _filled(document)
+        values = _filled(content)
     return json.dumps([kind, values], ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def document_from_json(data: bytes) -> Document:
-    """The document that `document_to_json` wrote."""
+def content_from_json(data: bytes) -> RowContent:
+    """The content that `content_to_json` wrote."""
     kind, values = json.loads(data.decode("utf-8", "surrogatepass"))
     values = {
         name: tuple(value) if name in _TUPLES and isinstance(value, list) else value for name, value in values.items()

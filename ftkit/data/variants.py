@@ -62,8 +62,8 @@ def choose_variants(
     shown = np.flatnonzero(rng.random(len(jobs)) < section.few_shot)
     for index in shown:
         pool = others[others != positions[index]] if len(others) <= 64 else others
-        drawn = rng.choice(pool, min(section.shots + 1, len(pool)), replace=False) if len(pool) else []
-        drawn = [position for position in drawn if position != positions[index]][: section.shots]
+        drawn = rng.choice(pool, min(section.shots + 1, len(pool)), replace=False)
+        drawn = drawn[drawn != positions[index]][: section.shots]
         jobs["shots"][index, : len(drawn)] = drawn
     return jobs
 
@@ -81,15 +81,15 @@ def document_of(job: np.ndarray, store: RowStore, phrasings: PhrasingSet | None,
     Raises:
         RowError: the phrasing names a column that the row lacks.
     """
-    document = store.document(int(job["position"]))
-    if isinstance(document, TaskRecord):
+    content = store.content(int(job["position"]))
+    if isinstance(content, TaskRecord):
         assert phrasings is not None, "a record is put into words"
-        shots = [store.document(int(position)) for position in job["shots"] if position >= 0]
-        document = phrase(document, phrasings, int(job["phrasing"]), [s for s in shots if isinstance(s, TaskRecord)])
-    if isinstance(document, Conversation) and section.chat_template_kwargs:
-        kwargs = section.chat_template_kwargs | document.chat_template_kwargs
-        document = replace(document, chat_template_kwargs=kwargs)
-    return document
+        shots = [store.content(int(position)) for position in job["shots"] if position >= 0]
+        content = phrase(content, phrasings, int(job["phrasing"]), [s for s in shots if isinstance(s, TaskRecord)])
+    if isinstance(content, Conversation) and section.chat_template_kwargs:
+        kwargs = section.chat_template_kwargs | content.chat_template_kwargs
+        content = replace(content, chat_template_kwargs=kwargs)
+    return content
 
 
 def phrase(record: TaskRecord, phrasings: PhrasingSet, index: int, shots: Sequence[TaskRecord] = ()) -> Conversation:

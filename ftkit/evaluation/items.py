@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ftkit.data.formats import parse_rows
 from ftkit.data.problems import problems_error, shorten
+from ftkit.data.row_parser import parse_rows
 from ftkit.data.sources import read_rows
 from ftkit.data.types import Conversation, Document, Row, Text
 from ftkit.errors import KeyPath, Problem, UserError

@@ -1,7 +1,6 @@
 """Converting a .gguf file, once, into an ordinary Hugging Face directory in the user's cache."""
 
 import io
-import os
 import re
 import sys
 import tempfile

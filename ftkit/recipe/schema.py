@@ -57,8 +57,6 @@ class ColumnsSection(Section):
 
     # What else may be named is known to the library of phrasings; without templates `checks.py` refuses it.
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, str]
-
     instruction: str | None = None
     """alpaca: the instruction."""
     input: str | None = None

@@ -1,0 +1,105 @@
+"""Rows of any format, read one by one: by the columns of a format, or for the phrasings of a data set."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ftkit.data.formats import FORMATS, check_columns, check_section, detect_format, source_columns
+from ftkit.data.phrasings import PhrasingSet, find_phrasings
+from ftkit.data.problems import RowError, problems_error
+from ftkit.data.task_rows import read_record
+from ftkit.data.types import Conversation, Document, Row, RowContent, TaskRecord, Text
+from ftkit.errors import KeyPath, Problem, UserError
+from ftkit.recipe.schema import DatasetSection
+
+
+class RowParser:
+    """Reads the rows of one data set, whatever their format."""
+
+    def __init__(self, sample: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path) -> None:
+        """
+        Args:
+            sample: the first rows, which tell the format where the recipe does not.
+            dataset: the data set's section of the recipe.
+            key: the section's place in the recipe, for errors.
+            base: the directory that a file of phrasings is looked for in.
+
+        Raises:
+            UserError: the format is unknown, its columns are missing, or there are no such phrasings.
+        """
+        self.phrasings: PhrasingSet | None = None
+        """Where rows are put into words anew in each epoch."""
+        self.dataset = dataset
+        if dataset.templates is not None:
+            self.phrasings = find_phrasings(dataset.templates, base=base, key=(*key, "templates"))
+            self._check_phrasings(key)
+            return
+        self._format = dataset.format or detect_format(sample, dataset, key)
+        check_section(self._format, dataset, key)
+        check_columns(sample, self._format, dataset, key)
+        self._sources = source_columns(self._format, dataset)
+
+    def parse(self, row: Row) -> RowContent:
+        """What the row holds.
+
+        Raises:
+            RowError: what is wrong with it.
+            SkippedRow: it has no answer, and says so.
+        """
+        if self.phrasings is not None:
+            columns = self.dataset.columns.model_dump(exclude_none=True)
+            content: RowContent = read_record(self.phrasings, row.fields, columns, self.dataset.labels)
+        else:
+            sources = self._sources.items()
+            fields = {column: row.fields[source] for column, source in sources if source in row.fields}
+            content = FORMATS[self._format].parse(replace(row, fields=fields), self.dataset)
+        _check_unicode(content)
+        return content
+
+    def _check_phrasings(self, key: KeyPath) -> None:
+        if self.dataset.format not in (None, "task"):
+            what = f"format {self.dataset.format} is not phrased by templates"
+            raise UserError(what, how="remove one of them", key=(*key, "format"))
+        if self.dataset.template is not None:
+            raise UserError("template and templates exclude each other", how="keep one", key=(*key, "template"))
+
+
+def parse_rows(rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path = Path()) -> list[Document]:
+    """One document a row, of a small data set at once.
+
+    Args:
+        rows: rows of `read_rows`.
+        dataset: their section of the recipe.
+        key: the section's place in the recipe, for errors.
+        base: the directory that a file of phrasings is looked for in.
+
+    Raises:
+        UserError: the format is unknown, its columns are missing, or rows are wrong (all of them at once).
+    """
+    parser = RowParser(rows, dataset, key=key, base=base)
+    documents: list[Document] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            content = parser.parse(row)
+            assert not isinstance(content, TaskRecord), "phrased rows are of mixtures"
+            documents.append(content)
+        except RowError as error:
+            problems.append(Problem(error.what, error.how, row.where))
+    if problems:
+        raise problems_error(problems, of=dataset.path)
+    return documents
+
+
+def _check_unicode(content: RowContent) -> None:
+    """Half a surrogate pair ("\\ud83d" in JSON) is no text: no tokenizer takes it."""
+    texts = [content.text] if isinstance(content, Text) else []
+    if isinstance(content, Conversation):
+        texts = [message.content for message in content.messages]
+    elif isinstance(content, TaskRecord):
+        texts = [str(value) for value in (*content.fields.values(), content.target)]
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(f"half a surrogate pair at character {error.start}", "remove or complete it") from None
