@@ -1,8 +1,8 @@
 """Rows put into words: the library of phrasings, several for each data set (FLAN, Wei et al. 2021,
 https://arxiv.org/abs/2109.01652, section 2.1).
 
-`library/CLUSTER.yaml` holds an entry a data set; a user's own file has the same form. `task_rows.py` reads a raw row into
-a `TaskRecord`, and a phrasing makes a prompt and a target of that.
+`library/CLUSTER.yaml` holds an entry a data set; a user's own file has the same form. `task_rows.py` reads a raw row
+into a `TaskRecord`, and a phrasing makes a prompt and a target of that.
 """
 
 import string
