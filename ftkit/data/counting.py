@@ -17,7 +17,6 @@ def count_datasets(
     duplicates: Sequence[int],
     *,
     jobs: np.ndarray,
-    uses: np.ndarray,
     encoded: Encoded,
     order: np.ndarray,
 ) -> list[DatasetCounts]:
@@ -29,29 +28,30 @@ def count_datasets(
         dropped: of each, reason -> row ids, before anything was encoded.
         duplicates: rows of each that say the same as an earlier one.
         jobs: what was encoded.
-        uses: int64 [jobs], how often the run draws each.
         encoded: what became of the jobs.
         order: int64, the examples of all steps.
     """
-    examples = encoded.examples
-    per_dataset = np.bincount(examples.dataset[order], minlength=len(train))
+    examples, per_job = encoded.examples, np.diff(encoded.first)
+    job_of_example = np.repeat(np.arange(len(jobs)), per_job)
     counts = []
     for index, corpus in enumerate(train):
         mine = jobs["dataset"] == index
-        used = mine & (np.diff(encoded.first) > 0)
         of_it = order[examples.dataset[order] == index]
+        drawn = job_of_example[of_it]
+        without = len(np.unique(jobs["position"][mine & (per_job == 0)]))
         counts.append(
             DatasetCounts(
                 corpus.name,
                 rows=corpus.rows_read,
-                rows_used=len(np.unique(jobs["position"][used])),
+                rows_used=len(np.unique(jobs["position"][drawn])),
                 examples=len(of_it),
                 tokens=int(examples.num_tokens[of_it].sum(dtype=np.int64)),
                 target_tokens=int(examples.num_targets[of_it].sum(dtype=np.int64)),
                 truncated=num_truncated(encoded, jobs, mine),
                 dropped=corpus.dropped | dropped[index] | dropped_rows(encoded, jobs, corpus, mine),
-                share=float(per_dataset[index] / max(1, len(order))),
-                epochs=float(uses[mine].sum() / num_trained[index]),
+                share=len(of_it) / max(1, len(order)),
+                # A row of several examples is drawn as a whole.
+                epochs=float((1.0 / per_job[drawn]).sum() / max(1, num_trained[index] - without)),
                 duplicates=duplicates[index],
             )
         )

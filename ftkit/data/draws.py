@@ -29,8 +29,21 @@ class Drawn:
     """Every form of every row once."""
     steps: Steps
     epochs: list[float]
-    uses: np.ndarray
-    """int64 [jobs], how often the run draws each."""
+    """That are behind after each step."""
+
+
+@dataclass
+class _Epoch:
+    """The draws of an epoch."""
+
+    jobs: np.ndarray
+    """In order; all of them, or as many as are needed."""
+    num_rows: int
+    """Of the whole epoch."""
+
+    @property
+    def whole(self) -> bool:
+        return len(self.jobs) == self.num_rows
 
 
 def draw_run(recipe: Recipe, train: Sequence[Corpus], split: Split, encoder: Encoder, progress: Progress) -> Drawn:
@@ -38,16 +51,15 @@ def draw_run(recipe: Recipe, train: Sequence[Corpus], split: Split, encoder: Enc
     num_steps = training.max_steps
     rows = None if num_steps is None else num_steps * training.global_batch_size + _window(training.global_batch_size)
     while True:
-        epochs, complete = _draw_epochs(recipe, train, split, rows)
-        flat = np.concatenate(epochs)
-        _, first, inverse, uses = np.unique(
-            flat.view(np.dtype((np.void, JOB.itemsize))), return_index=True, return_inverse=True, return_counts=True
-        )
+        epochs, exhausted = _draw_epochs(recipe, train, split, rows)
+        flat = np.concatenate([epoch.jobs for epoch in epochs])
+        as_bytes = flat.view(np.dtype((np.void, JOB.itemsize)))
+        _, first, inverse = np.unique(as_bytes, return_index=True, return_inverse=True)
         jobs = flat[first]
         encoded = encode_jobs(jobs, train, encoder, progress=progress)
         check_any_target(train, jobs, encoded)
         steps, passed = _deal_steps(recipe, epochs, inverse, encoded.first)
-        if num_steps is None or len(steps) >= num_steps or complete:
+        if num_steps is None or len(steps) >= num_steps or exhausted:
             break
         assert rows is not None, "only max_steps asks for more"
         rows *= 2
@@ -56,21 +68,20 @@ def draw_run(recipe: Recipe, train: Sequence[Corpus], split: Split, encoder: Enc
         raise UserError(what, how="raise `repeat`, or lower max_steps", key=("training", "max_steps"))
     if num_steps is not None:
         steps, passed = Steps(steps.order[: steps.bounds[num_steps]], steps.bounds[: num_steps + 1]), passed[:num_steps]
-    return Drawn(encoded, jobs, steps, passed, uses)
+    return Drawn(encoded, jobs, steps, passed)
 
 
 def _draw_epochs(
     recipe: Recipe, train: Sequence[Corpus], split: Split, max_rows: int | None
-) -> tuple[list[np.ndarray], bool]:
-    """The jobs of each epoch in order: all epochs of the recipe, or as many as give `max_rows` rows; and whether there
-    can be no more."""
+) -> tuple[list[_Epoch], bool]:
+    """All epochs of the recipe, or as many as give `max_rows` rows; and whether there can be no more."""
     sections = recipe.data.train
     sources = [
         Source(corpus.name, len(places), section.weight, section.repeat)
         for corpus, places, section in zip(train, split.trained, sections, strict=True)
     ]
     drawn = [0] * len(sources)
-    epochs: list[np.ndarray] = []
+    epochs: list[_Epoch] = []
     count = 0
     while (len(epochs) < recipe.training.num_train_epochs) if max_rows is None else (count < max_rows):
         epoch = len(epochs)
@@ -85,10 +96,8 @@ def _draw_epochs(
             drawn[index] += len(mine)
             positions = corpus.chosen[places]
             jobs[mine] = _jobs_of(recipe, index, corpus, positions[draws.position[mine]], positions, epoch)
-        if max_rows is not None:
-            jobs = jobs[: max_rows - count]
-        epochs.append(jobs)
-        count += len(jobs)
+        epochs.append(_Epoch(jobs if max_rows is None else jobs[: max_rows - count], len(jobs)))
+        count += len(epochs[-1].jobs)
     return epochs, False
 
 
@@ -111,25 +120,31 @@ def _jobs_of(
 
 
 def _deal_steps(
-    recipe: Recipe, epochs: Sequence[np.ndarray], inverse: np.ndarray, first: np.ndarray
+    recipe: Recipe, epochs: Sequence[_Epoch], inverse: np.ndarray, first: np.ndarray
 ) -> tuple[Steps, list[float]]:
-    """Batches of examples, epoch by epoch; the last one of an epoch may be smaller."""
+    """Batches of examples, epoch by epoch; the last one of an epoch may be smaller.
+
+    Where the last epoch was broken off, only what does not depend on its rest is dealt.
+    """
     size = recipe.training.global_batch_size
     parts: list[np.ndarray] = []
     bounds, passed = [0], []
     jobs_done = 0
-    for epoch, jobs in enumerate(epochs):
-        numbers = inverse[jobs_done : jobs_done + len(jobs)]
-        jobs_done += len(jobs)
+    for number, epoch in enumerate(epochs):
+        numbers = inverse[jobs_done : jobs_done + len(epoch.jobs)]
+        jobs_done += len(epoch.jobs)
         counts = first[numbers + 1] - first[numbers]
         offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         found = np.repeat(first[numbers], counts) + offsets
         # Shuffled once more, so that the pieces of a long row do not fill a batch.
-        order = _shuffled(found, _window(size), random_generator(recipe.seed, "examples", epoch))
+        order = _shuffled(found, _window(size), random_generator(recipe.seed, "examples", number))
+        total = max(1.0, len(order) * epoch.num_rows / len(epoch.jobs))
+        if not epoch.whole:
+            order = order[: len(order) // _window(size) * _window(size) // size * size]
         parts.append(order)
         for start in range(0, len(order), size):
             bounds.append(bounds[-1] + min(size, len(order) - start))
-            passed.append(epoch + min(1.0, (start + size) / len(order)))
+            passed.append(number + min(1.0, (start + size) / total))
     return Steps(np.concatenate(parts), bounds), passed
 
 

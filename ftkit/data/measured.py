@@ -56,19 +56,21 @@ def encode_measured(
 ) -> list[Measured]:
     """Validation rows, encoded; data sets without any are left out."""
     if evaluation:
-        parts = [(corpus, np.arange(len(corpus.chosen))) for corpus in evaluation]
+        # They belong to no training data set; losses by data set count them for the first.
+        parts = [([corpus], 0, np.arange(len(corpus.chosen))) for corpus in evaluation]
     else:
-        parts = [(corpus, out) for corpus, out in zip(train, split.held_out, strict=True) if len(out)]
+        parts = [(list(train), index, out) for index, out in enumerate(split.held_out) if len(out)]
     measured: list[Measured] = []
     problems: list[Problem] = []
-    for corpus, places in parts:
+    for corpora, index, places in parts:
+        corpus = corpora[index]
         positions = corpus.chosen[places]
         if corpus.phrasings is not None:
-            jobs = measured_jobs(0, positions, corpus.phrasings, name=corpus.name, seed=recipe.seed)
+            jobs = measured_jobs(index, positions, corpus.phrasings, name=corpus.name, seed=recipe.seed)
         else:
-            jobs = plain_jobs(0, positions)
+            jobs = plain_jobs(index, positions)
         try:
-            encoded = encode_jobs(jobs, [corpus], encoder, progress=progress)
+            encoded = encode_jobs(jobs, corpora, encoder, progress=progress)
         except UserError as error:
             problems += error.problems
             continue

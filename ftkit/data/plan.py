@@ -132,7 +132,6 @@ def make_plan(
             split.dropped,
             split.duplicates,
             jobs=drawn.jobs,
-            uses=drawn.uses,
             encoded=drawn.encoded,
             order=drawn.steps.order,
         ),
@@ -142,7 +141,7 @@ def make_plan(
         validation_counts=[part.counts for part in measured],
     )
     plan.warnings = [
-        *advice.warn_cut(drawn.encoded.uncut, recipe.data.max_length),
+        *advice.warn_cut(drawn.encoded.uncut, encoder.max_length),
         *advice.warn_few_steps(plan.steps, recipe.training),
         *advice.warn_repeats(plan.counts),
         *split.warnings,

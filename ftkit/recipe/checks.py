@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftkit.errors import KeyPath, Problem
+from ftkit.recipe.names import explain_unknown
 from ftkit.recipe.schema import DatasetSection, Recipe
 
 PLACEHOLDERS = ("name", "n", "method", "time")
@@ -25,6 +26,10 @@ def _mixing(recipe: Recipe) -> Iterator[Problem]:
     mixing = recipe.data.mixing
     key: KeyPath = ("data", "mixing")
     weighted = "set data.mixing.strategy: weights, or remove it"
+    for name, strategies in (("maximum", ("proportional", "temperature")), ("temperature", ("temperature",))):
+        if getattr(mixing, name) is not None and mixing.strategy not in strategies:
+            how = f"set data.mixing.strategy: {strategies[0]}, or remove it"
+            yield Problem(f"{mixing.strategy} has no {name}", how, key=(*key, name))
     if mixing.strategy == "concat":
         if mixing.epoch_size is not None:
             yield Problem("concat takes every row once an epoch", weighted, key=(*key, "epoch_size"))
@@ -56,6 +61,20 @@ def _dataset_names(recipe: Recipe) -> Iterator[Problem]:
                 what = f"data.{kind}.{first[dataset.name]} has the name {dataset.name} too"
                 yield Problem(what, "give each data set a name of its own", key=("data", kind, index, "name"))
             first.setdefault(dataset.name, index)
+
+
+def _columns(recipe: Recipe) -> Iterator[Problem]:
+    for kind, datasets in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for index, dataset in enumerate(datasets):
+            key: KeyPath = ("data", kind, index)
+            if dataset.templates is None:
+                for name in dataset.columns.model_extra or {}:
+                    yield explain_unknown((*key, "columns", name))
+                for name in ("labels", "few_shot"):
+                    if getattr(dataset, name):
+                        yield Problem("only templates use it", "set templates, or remove it", key=(*key, name))
+                if dataset.rationale not in ("never", 0.0):
+                    yield Problem("only templates use it", "set templates, or remove it", key=(*key, "rationale"))
 
 
 def _intervals(recipe: Recipe) -> Iterator[Problem]:
@@ -98,4 +117,11 @@ def _output_dir(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"{recipe.output_dir} is no place for a run", "name a directory of its own", key=key)
 
 
-CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (_mixing, _dataset_names, _intervals, _best, _output_dir)
+CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
+    _mixing,
+    _dataset_names,
+    _columns,
+    _intervals,
+    _best,
+    _output_dir,
+)

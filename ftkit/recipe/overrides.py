@@ -53,7 +53,7 @@ def _apply(raw: dict[str, Any], marks: dict[KeyPath, str], text: str) -> None:
     written = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
     path, convert = canonical(written) or (written, None)
     for length in range(1, len(path) + 1):
-        if shape.at(path[:length]) is None:
+        if shape.at(path[:length]) is None and not shape.is_open(path[: length - 1]):
             problem = explain_unknown(written) if path != written else explain_unknown(written, length)
             raise UserError(problem.what, how=problem.how, where=f"{WHERE}: {name}")
     _set(raw, path, convert(value) if convert else value, name)

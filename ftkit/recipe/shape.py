@@ -46,6 +46,11 @@ def is_section(path: KeyPath) -> bool:
     return bool(_sections(at(path)))
 
 
+def is_open(path: KeyPath) -> bool:
+    """Whether the section at `path` takes other names than its own too."""
+    return any(section.model_config["extra"] == "allow" for section in _sections(at(path)))
+
+
 def is_union(annotation: Any) -> bool:
     """Whether several kinds of plain values fit, `null` aside."""
     return len(_members(annotation)) > 1 and not _sections(annotation)
@@ -106,8 +111,6 @@ def _inside(annotation: Any, part: str | int) -> Any:
     sections = _sections(annotation)
     if sections:
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
-        if not fields and any(section.model_config["extra"] == "allow" for section in sections):
-            return str
         return fields[0].rebuild_annotation() if fields else None
     for member in _members(annotation):
         origin, arguments = get_origin(member), get_args(member)

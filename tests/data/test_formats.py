@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from ftkit.data.formats import FORMATS, detect_format, parse_rows
+from ftkit.data.formats import FORMATS, detect_format
+from ftkit.data.row_parser import parse_rows
 from ftkit.data.types import Conversation, Message, Row, Text
 from ftkit.errors import UserError
 from ftkit.recipe.schema import ColumnsSection, DatasetSection

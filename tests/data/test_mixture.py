@@ -2,19 +2,29 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ftkit.data.mixture import Draw, choose_subset, draw_epoch, row_key, split_validation
+from ftkit.data import mixture
+from ftkit.data.duplicates import content_key, groups_of
+from ftkit.data.mixture import Source, choose_subset, draw_epoch, mixing_rates
+from ftkit.data.store import KEY
+from ftkit.data.types import Text
 from ftkit.errors import UserError
 from ftkit.recipe.schema import MixingSection
 
 
 def keys(*texts: str) -> list[bytes]:
-    return [row_key({"text": text}, ["text"]) for text in texts]
+    return [content_key(Text(text)) for text in texts]
 
 
 def distinct(name: str, size: int) -> list[bytes]:
     return keys(*(f"{name} {number}" for number in range(size)))
+
+
+def split_validation(rows: list[list[bytes]], names: list[str], **keywords: Any) -> list[list[int]]:
+    groups = groups_of([np.frombuffer(b"".join(part), KEY) for part in rows])
+    return [places.tolist() for places in mixture.split_validation(groups, names, **keywords)]
 
 
 # ------------------------------------------------------------------------------------------------------ subset
@@ -31,13 +41,6 @@ def test_subset_is_seeded_and_by_name() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- split
-
-
-def test_row_key_ignores_case_white_space_and_absence() -> None:
-    one = row_key({"q": "What  is\nit?", "turns": [{"value": "A"}], "input": ""}, ["q", "turns", "input"])
-    assert one == row_key({"q": " what is IT? ", "turns": [{"value": "a "}]}, ["q", "turns", "input"])
-    assert one != row_key({"q": "what is it", "turns": [{"value": "a"}]}, ["q", "turns"])
-    assert row_key({"q": "x", "id": 1}, ["q"]) == row_key({"q": "x", "id": 2}, ["q"])
 
 
 @pytest.mark.parametrize("val_size", [0.1, 30])
@@ -92,16 +95,30 @@ def test_a_row_stays_to_train_on() -> None:
 
 # ------------------------------------------------------------------------------------------------------- draws
 
+Rows = list[tuple[int, int]]
+"""(data set, place) of each draw."""
 
-def draw(sizes: list[int], weights: list[float], epochs: int, seed: int = 0, **mixing: Any) -> list[list[Draw]]:
-    names, drawn = [f"set{index}" for index in range(len(sizes))], [0] * len(sizes)
-    drawn_epochs = []
+
+def draw(
+    sizes: list[int], weights: list[float], epochs: int, seed: int = 0, repeat: Any = None, **mixing: Any
+) -> list[Rows]:
+    section = MixingSection(**mixing)
+    sources = [
+        Source(f"set{index}", size, weight, repeat)
+        for index, (size, weight) in enumerate(zip(sizes, weights, strict=True))
+    ]
+    drawn = [0] * len(sizes)
+    drawn_epochs: list[Rows] = []
     for epoch in range(epochs):
-        section = MixingSection(**mixing)
-        draws = draw_epoch(sizes, names, weights, section, epoch=epoch, drawn_before=drawn, seed=seed)
-        drawn = [before + sum(one.dataset == index for one in draws) for index, before in enumerate(drawn)]
-        drawn_epochs.append(draws)
+        draws = draw_epoch(sources, section, epoch=epoch, drawn_before=drawn, seed=seed)
+        drawn_epochs.append(list(zip(draws.dataset.tolist(), draws.position.tolist(), strict=True)))
+        drawn = [before + sum(dataset == i for dataset, _ in drawn_epochs[-1]) for i, before in enumerate(drawn)]
     return drawn_epochs
+
+
+def counts(rows: Rows, num_datasets: int) -> list[int]:
+    found = Counter(dataset for dataset, _ in rows)
+    return [found[dataset] for dataset in range(num_datasets)]
 
 
 def test_concat_gives_every_row_once_an_epoch_in_another_order() -> None:
@@ -112,29 +129,74 @@ def test_concat_gives_every_row_once_an_epoch_in_another_order() -> None:
     assert first == draw([30, 20], [1.0, 5.0], epochs=1)[0]
     assert first != draw([30, 20], [1.0, 5.0], epochs=1, seed=1)[0]
     assert first[:30] != everything[:30]
-    assert len({one.dataset for one in first[:15]}) == 2
+    assert len({dataset for dataset, _ in first[:15]}) == 2
+
+
+def test_proportional_is_by_size_up_to_the_cap() -> None:
+    first, second = draw([10_000, 500, 80], [1.0, 1.0, 1.0], epochs=2, strategy="proportional", maximum=1000)
+    assert counts(first, 3) == counts(second, 3) == [1000, 500, 80]
+    # Other rows of the large one each epoch, all rows of the small ones.
+    large = [{position for dataset, position in epoch if dataset == 0} for epoch in (first, second)]
+    assert len(large[0]) == len(large[1]) == 1000
+    assert not large[0] & large[1]
+    assert {position for dataset, position in second if dataset == 2} == set(range(80))
+    # FLAN's cap is the default.
+    assert counts(draw([9000, 500], [1.0, 1.0], epochs=1, strategy="proportional")[0], 2) == [3000, 500]
+    # weight multiplies the rate, epoch_size sets the sum.
+    (weighted,) = draw([10_000, 500], [0.5, 2.0], epochs=1, strategy="proportional", maximum=1000)
+    assert counts(weighted, 2) == [500, 1000]
+    (sized,) = draw([10_000, 500], [1.0, 1.0], epochs=1, strategy="proportional", maximum=1000, epoch_size=300)
+    assert counts(sized, 2) == [200, 100]
+
+
+def test_temperature_evens_out_the_sizes() -> None:
+    sources = [Source("large", 10_000), Source("small", 100)]
+
+    def ratio(**mixing: Any) -> float:
+        large, small = mixing_rates(sources, MixingSection(strategy="temperature", **mixing))
+        assert large + small == pytest.approx(10_100)
+        return float(large / small)
+
+    assert ratio(temperature=1.0) == pytest.approx(100)
+    assert ratio(temperature=2.0) == ratio() == pytest.approx(10)
+    assert ratio(temperature=4.0) == pytest.approx(100**0.25)
+    assert ratio(temperature=1.0, maximum=1000) == pytest.approx(10)
+
+
+def test_fractions_of_a_row_are_right_on_average_and_keep_the_size() -> None:
+    epochs = draw([1000, 1000, 1000], [1.0, 1.0, 0.05], epochs=200, strategy="weights", epoch_size=10)
+    assert {len(epoch) for epoch in epochs} == {10}
+    total = counts(list(chain(*epochs)), 3)
+    assert [count / 2000 for count in total] == pytest.approx([1 / 2.05, 1 / 2.05, 0.05 / 2.05], abs=0.01)
+    assert total[2] > 0
+
+
+def test_repeat_limits_how_often_rows_are_used() -> None:
+    epochs = draw([50, 400], [1.0, 1.0], epochs=4, strategy="weights", epoch_size=200, repeat=3)
+    used = Counter(row for epoch in epochs for row in epoch if row[0] == 0)
+    assert set(used.values()) == {3}
+    assert [counts(epoch, 2) for epoch in epochs] == [[100, 100], [50, 100], [0, 100], [0, 100]]
 
 
 def test_weights_are_rates() -> None:
     (draws,) = draw([100, 1000], [3.0, 1.0], epochs=1, strategy="weights", epoch_size=40_000)
-    counts = Counter(one.dataset for one in draws)
-    assert counts[0] / 40_000 == pytest.approx(0.75, abs=0.01)
+    assert counts(draws, 2) == [30_000, 10_000]
     # Small sets repeat, and evenly: no row is drawn twice more often than another.
-    times = Counter(one.position for one in draws if one.dataset == 0)
+    times = Counter(position for dataset, position in draws if dataset == 0)
     assert max(times.values()) - min(times.values()) <= 1
 
 
-def test_weights_go_on_where_the_epoch_before_stopped() -> None:
+def test_draws_go_on_where_the_epoch_before_stopped() -> None:
     epochs = draw([100, 100], [1.0, 1.0], epochs=3, strategy="weights", epoch_size=60)
     assert [len(draws) for draws in epochs] == [60, 60, 60]
     for dataset in (0, 1):
-        walked = [one.position for one in chain(*epochs) if one.dataset == dataset]
+        walked = [position for number, position in chain(*epochs) if number == dataset]
         assert len(set(walked)) == len(walked)
 
 
 def test_walks_are_shuffled_again() -> None:
     (draws,) = draw([50], [1.0], epochs=1, strategy="weights", epoch_size=100)
-    first, second = [one.position for one in draws[:50]], [one.position for one in draws[50:]]
+    first, second = [position for _, position in draws[:50]], [position for _, position in draws[50:]]
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
 
@@ -144,5 +206,5 @@ def test_default_epoch_size_and_stopping() -> None:
     for stopping, whole in (("first_exhausted", any), ("all_exhausted", all)):
         (draws,) = draw([30, 5000], [1.0, 2.0], epochs=1, strategy="weights", stopping=stopping)
         for end, expected in ((len(draws), True), (len(draws) - 1, False)):
-            seen = [len({one.position for one in draws[:end] if one.dataset == dataset}) for dataset in (0, 1)]
+            seen = [len({position for number, position in draws[:end] if number == dataset}) for dataset in (0, 1)]
             assert whole([seen[0] == 30, seen[1] == 5000]) == expected

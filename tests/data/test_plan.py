@@ -30,6 +30,7 @@ class ByteEncoder:
 
     def __init__(self, max_length: int = 10_000) -> None:
         self.max_length = max_length
+        self.digest = f"{type(self).__name__} {max_length}"
 
     def encode(self, document: Document, where: str = "") -> EncodeResult:
         assert isinstance(document, Text)
@@ -37,7 +38,8 @@ class ByteEncoder:
             raise UserError("the template refuses this", how="mend it", where=where)
         if document.text.startswith("gone"):
             return EncodeResult([], "longer than max_length without its prompt")
-        return EncodeResult([self._example(part) for part in document.text.split("|")])
+        uncut = max(len("<" + part) for part in document.text.split("|"))
+        return EncodeResult([self._example(part) for part in document.text.split("|")], uncut=uncut)
 
     def _example(self, text: str) -> Example:
         ids = np.frombuffer(("<" + text).encode(), np.uint8).astype(np.int32)
@@ -96,11 +98,15 @@ def test_concat_gives_every_row_once_an_epoch(tmp_path: Path) -> None:
     assert plan.epoch_of_step == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0, 2.4, 2.8, 3.0])
     assert plan.targets_per_step == [2 * size for size in [4, 4, 2] * 3]
     assert plan.dataset_names == ["a", "b"]
+    # Over the whole run.
     assert [(counts.rows, counts.rows_used, counts.examples, counts.tokens) for counts in plan.counts] == [
-        (7, 7, 7, 21),
-        (3, 3, 3, 9),
+        (7, 7, 21, 63),
+        (3, 3, 9, 27),
     ]
-    assert [counts.target_tokens for counts in plan.counts] == [14, 6]
+    assert [counts.target_tokens for counts in plan.counts] == [42, 18]
+    assert [counts.share for counts in plan.counts] == [0.7, 0.3]
+    assert [counts.epochs for counts in plan.counts] == [3.0, 3.0]
+    assert plan.num_tokens == 90
     assert [text[0] for text in epochs[0]] != sorted(text[0] for text in epochs[0])
     assert plan.validation == {}
 
@@ -111,7 +117,7 @@ def test_max_steps_stops_inside_an_epoch_or_repeats_them(tmp_path: Path, max_ste
     plan = plan_of(tmp_path, recipe([a], max_steps=max_steps))
     longer = plan_of(tmp_path, recipe([a], num_train_epochs=3))
     assert [len(step) for step in plan.steps] == sizes
-    assert plan.steps == longer.steps[:max_steps]
+    assert list(plan.steps) == longer.steps[:max_steps]
     assert plan.epoch_of_step == longer.epoch_of_step[:max_steps]
 
 
@@ -192,7 +198,24 @@ def test_eval_data_replaces_the_split(tmp_path: Path) -> None:
     assert plan.counts[0].rows_used == 2
     assert plan.validation_rows == {"b": [0, 1]}
     assert {example.dataset for example in plan.validation["b"]} == {0}
-    assert "1 of 2 rows of b (data.eval) are trained on too" in plan.warnings
+    assert "1 rows of a say the same as a row of data.eval (rows 0); data.deduplicate: true drops them" in plan.warnings
+    deduplicated = plan_of(tmp_path, recipe([a], evaluation=[b], deduplicate=True))
+    assert set(texts_of(deduplicated)) == {"y"}
+    assert deduplicated.counts[0].dropped == {"says the same as a validation row (data.deduplicate)": [0]}
+
+
+def test_rows_that_say_the_same_are_listed_or_dropped(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.jsonl", ["x", "y", "X"]), write(tmp_path / "b.jsonl", ["z", " y", "w"])
+    plan = plan_of(tmp_path, recipe([a, b], num_train_epochs=1))
+    assert len(texts_of(plan)) == 6
+    assert [counts.duplicates for counts in plan.counts] == [1, 1]
+    how = "data.deduplicate: true drops them"
+    for name, row in (("a", 2), ("b", 1)):
+        assert f"1 rows of {name} say the same as an earlier row (rows {row}); {how}" in plan.warnings
+    plan = plan_of(tmp_path, recipe([a, b], num_train_epochs=1, deduplicate=True))
+    assert sorted(texts_of(plan)) == ["w", "x", "y", "z"]
+    reason = "says the same as an earlier row (data.deduplicate)"
+    assert [counts.dropped for counts in plan.counts] == [{reason: [2]}, {reason: [1]}]
 
 
 def test_max_samples_does_not_depend_on_other_data_sets(tmp_path: Path) -> None:
@@ -282,19 +305,28 @@ def test_warning_of_few_steps_gives_the_batch_for_a_hundred(tmp_path: Path) -> N
     assert plan_of(tmp_path, recipe([b], max_steps=3)).warnings == []
 
 
-def test_keys_that_have_no_effect(tmp_path: Path) -> None:
-    a = write(tmp_path / "a.jsonl", [f"a{i}" for i in range(10)]).model_copy(update={"weight": 2.0})
-    assert any("weight of a.jsonl has no effect" in w for w in plan_of(tmp_path, recipe([a], max_steps=1)).warnings)
-    for mixing in (
-        MixingSection(epoch_size=5),
-        MixingSection(strategy="weights", epoch_size=5, stopping="all_exhausted"),
-    ):
-        with pytest.raises(UserError) as caught:
-            plan_of(tmp_path, recipe([a], mixing=mixing))
-        assert caught.value.problems[0].key == ("data", "mixing")
+def test_a_split_that_finds_no_rows(tmp_path: Path) -> None:
     b = write(tmp_path / "b.jsonl", ["same", "Same"])
     plan = plan_of(tmp_path, recipe([b], val_size=0.5, max_steps=1))
-    assert plan.warnings == ["too few different rows to split any off; there is no validation"]
+    assert "too few different rows to split any off; there is no validation" in plan.warnings
+
+
+def test_a_mixture_that_is_used_up(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", [f"a{i}" for i in range(10)]).model_copy(update={"repeat": 2})
+    assert len(plan_of(tmp_path, recipe([a], max_steps=6)).steps) == 6
+    with pytest.raises(UserError, match="used up after 6 of 7 steps"):
+        plan_of(tmp_path, recipe([a], max_steps=7))
+
+
+def test_a_short_run_encodes_no_more_than_it_needs(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", [f"a{i}" for i in range(5000)])
+    short, longer = plan_of(tmp_path, recipe([a], max_steps=10)), plan_of(tmp_path, recipe([a], max_steps=400))
+    assert len(short.examples) < 1500 < len(longer.examples)
+    assert texts_of(short) == texts_of(longer, range(10))
+    # Rows that give no example are made up for.
+    b = write(tmp_path / "b.jsonl", [f"b{i}" if i % 100 == 0 else "gone" for i in range(5000)])
+    plan = plan_of(tmp_path, recipe([b], max_steps=12))
+    assert [len(step) for step in plan.steps] == [4] * 12
 
 
 # ------------------------------------------------------------------------------------------------ micro-batches
@@ -314,8 +346,8 @@ def test_micro_batches_hold_the_global_batch(tmp_path: Path, world_size: int, pa
         for micro_batch in chain(*ranks):
             sizes = [example.example.num_tokens for example in micro_batch]
             assert len(sizes) <= 1 or (sum(sizes) if packed else len(sizes) * max(sizes)) <= 40
-        found = [id(example) for example in chain(*chain(*ranks))]
-        assert sorted(found) == sorted(id(plan.examples[index]) for index in indices)
+        found = [example.row for example in chain(*chain(*ranks))]
+        assert sorted(found) == sorted(plan.examples[index].row for index in indices)
         targets = sum(example.example.num_targets for example in chain(*chain(*ranks)))
         assert targets == plan.targets_per_step[step]
     ranks = [
@@ -334,7 +366,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
         directory=lambda key: tmp_path,
         progress=lambda *call: told.append(call),
     )
-    assert told == [("reading a", 0, 1), *(("encoding a", done, 3) for done in range(3))]
+    assert told == [("encoding", 3, 3)]
 
 
 # ------------------------------------------------------------------------------------------------ real encoder
@@ -356,9 +388,9 @@ def test_with_the_real_encoder(tmp_path: Path) -> None:
     plan = make_plan(recipe(sections, val_size=4), encoder, directory=lambda key: tmp_path)
     chats_counts, books_counts, alpaca_counts = plan.counts
     assert chats_counts.rows_used + len(plan.validation_rows["chats"]) == 20
-    assert (books_counts.rows_used, books_counts.examples, [*chain(*books_counts.dropped.values())]) == (1, 3, [1])
+    assert (books_counts.rows_used, books_counts.examples, [*chain(*books_counts.dropped.values())]) == (1, 6, [1])
     assert 10 in [*chain(*alpaca_counts.dropped.values())]
-    assert alpaca_counts.truncated == alpaca_counts.examples
+    assert alpaca_counts.truncated == alpaca_counts.rows_used
     assert any("are longer than data.max_length 64" in warning for warning in plan.warnings)
     for encoded in plan.examples:
         example = encoded.example

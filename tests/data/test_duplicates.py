@@ -1,0 +1,46 @@
+"""Rows that say the same."""
+
+from typing import Any
+
+import numpy as np
+
+from ftkit.data.duplicates import content_key, groups_of, repeated
+from ftkit.data.store import KEY
+from ftkit.data.types import Conversation, Message, RowContent, TaskRecord, Text
+
+
+def chat(*texts: str, **keywords: Any) -> Conversation:
+    roles = ("user", "assistant")
+    return Conversation(tuple(Message(roles[i % 2], text) for i, text in enumerate(texts)), **keywords)
+
+
+def test_case_and_white_space_do_not_count() -> None:
+    assert content_key(chat("What  is\nit?", "A")) == content_key(chat(" what is IT? ", "a "))
+    assert content_key(Text("One  two")) == content_key(Text("one two"))
+    assert content_key(TaskRecord({"q": "X", "r": None}, "y")) == content_key(TaskRecord({"q": "x", "r": ""}, "Y"))
+
+
+def test_what_is_said_by_whom_does() -> None:
+    different: list[RowContent] = [
+        chat("a", "b"),
+        chat("a", "c"),
+        chat("ab", ""),
+        Conversation((Message("system", "a"), Message("user", "b"))),
+        Conversation((Message("user", "a"), Message("assistant", "", tool_calls=({"function": {"name": "b"}},)))),
+        TaskRecord({"q": "a"}, "b"),
+        TaskRecord({"q": "a"}, "c"),
+    ]
+    assert len({content_key(content) for content in different}) == len(different)
+
+
+def test_groups_go_over_all_data_sets() -> None:
+    keys = [
+        np.frombuffer(b"".join(content_key(Text(text)) for text in part), KEY)
+        for part in (["a", "b", "A"], ["c", "B"], ["d"])
+    ]
+    groups = groups_of(keys)
+    assert groups[0][0] == groups[0][2]
+    assert groups[0][1] == groups[1][1]
+    assert len({int(number) for part in groups for number in part}) == 4
+    assert [part.tolist() for part in repeated(groups)] == [[False, False, True], [False, True], [False]]
+    assert groups_of([]) == repeated([]) == []
