@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ftkit.data.problems import shorten
 from ftkit.data.task_records import Piece, fill_template, parse_template
-from ftkit.data.types import TaskRecord
+from ftkit.data.types import Conversation, Message, TaskRecord
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.marked_yaml import read_yaml
 from ftkit.recipe.schema import ListOf, NonEmpty, Section
@@ -164,6 +164,21 @@ def in_words(options: Sequence[str]) -> str:
 def _compile(phrasing: str | PhrasingSection) -> Phrasing:
     section = PhrasingSection(prompt=phrasing) if isinstance(phrasing, str) else phrasing
     return Phrasing(parse_template(section.prompt), parse_template(section.target), section.rationale, section.inverted)
+
+
+def phrase(record: TaskRecord, phrasings: PhrasingSet, index: int, shots: Sequence[TaskRecord] = ()) -> Conversation:
+    """A record as a conversation: the prompt, after solved examples in the same phrasing, and the answer."""
+    prompt, target = phrasings.phrase(record, index)
+    # An example that the phrasing cannot be filled with (no rationale, say) is left out.
+    solved = ["\n\n".join(phrasings.phrase(shot, index)) for shot in shots if _has(shot, record)]
+    text = "\n\n\n".join([*solved, prompt])
+    accepted = record.references if target == record.target else (target,)
+    options = record.options if target in record.options else ()
+    return Conversation((Message("user", text), Message("assistant", target)), (), options, accepted)
+
+
+def _has(shot: TaskRecord, record: TaskRecord) -> bool:
+    return (record.rationale is None or shot.rationale is not None) and bool(shot.options) == bool(record.options)
 
 
 # ------------------------------------------------------------------------------------------------------- finding

@@ -1,13 +1,14 @@
 """Rows of any format, read one by one: by the columns of a format, or for the phrasings of a data set."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ftkit.data.formats import FORMATS, check_columns, check_section, detect_format, source_columns
-from ftkit.data.phrasings import PhrasingSet, find_phrasings
+from ftkit.data.phrasings import PhrasingSet, find_phrasings, phrase
 from ftkit.data.problems import RowError, problems_error
-from ftkit.data.task_rows import read_record
+from ftkit.data.task_rows import SkippedRow, read_record
 from ftkit.data.types import Conversation, Document, Row, RowContent, TaskRecord, Text
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.schema import DatasetSection
@@ -64,31 +65,44 @@ class RowParser:
             raise UserError("template and templates exclude each other", how="keep one", key=(*key, "template"))
 
 
-def parse_rows(rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path = Path()) -> list[Document]:
-    """One document a row, of a small data set at once.
+def parse_rows(
+    rows: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path = Path(), seed: int = 0
+) -> list[tuple[Row, Document]]:
+    """Each row with its document, of a small data set at once; rows that say that they have no answer are left out.
 
     Args:
         rows: rows of `read_rows`.
         dataset: their section of the recipe.
         key: the section's place in the recipe, for errors.
         base: the directory that a file of phrasings is looked for in.
+        seed: chooses each row's phrasing, where there are several.
 
     Raises:
         UserError: the format is unknown, its columns are missing, or rows are wrong (all of them at once).
     """
     parser = RowParser(rows, dataset, key=key, base=base)
-    documents: list[Document] = []
+    documents: list[tuple[Row, Document]] = []
     problems: list[Problem] = []
     for row in rows:
         try:
             content = parser.parse(row)
-            assert not isinstance(content, TaskRecord), "phrased rows are of mixtures"
-            documents.append(content)
+            if isinstance(content, TaskRecord):
+                assert parser.phrasings is not None, "only phrasings make records"
+                choices = parser.phrasings.direct
+                content = phrase(content, parser.phrasings, choices[_choice(seed, row.index, len(choices))])
+            documents.append((row, content))
+        except SkippedRow:
+            continue
         except RowError as error:
             problems.append(Problem(error.what, error.how, row.where))
     if problems:
         raise problems_error(problems, of=dataset.path)
     return documents
+
+
+def _choice(seed: int, row: int, count: int) -> int:
+    """A number below `count` that depends on seed and row alone."""
+    return zlib.crc32(f"{seed} {row}".encode()) % count
 
 
 def _check_unicode(content: RowContent) -> None:

@@ -133,9 +133,12 @@ def _answer(
         return _among_labels(text, value, section.labels)
     if section.target_after is not None:
         text = text.rpartition(section.target_after)[2].strip()
-    if text in options or (section.target_keys is None and section.target_index is None):
+    if section.target_keys is None and section.target_index is None:
         return text
+    # Keys come first: "2" may be an option's text, too.
     place = _place(phrasings, text, view)
+    if place is None and text in options:
+        return text
     if place is None or not 0 <= place < len(options):
         what = f"{section.target} {quoted(value)} is none of the {len(options)} options"
         raise RowError(what, "correct the row, or map what it says with `labels`")

@@ -1,14 +1,13 @@
 """How each drawn row is asked: its phrasing, with or without the reasoning, and the solved examples before it."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ftkit.data.mixture import random_generator
-from ftkit.data.phrasings import PhrasingSet
+from ftkit.data.phrasings import PhrasingSet, phrase
 from ftkit.data.store import RowStore
-from ftkit.data.types import Conversation, Document, Message, TaskRecord
+from ftkit.data.types import Conversation, Document, TaskRecord
 from ftkit.recipe.schema import DatasetSection
 
 MAX_SHOTS = 8
@@ -90,18 +89,3 @@ def document_of(job: np.ndarray, store: RowStore, phrasings: PhrasingSet | None,
         kwargs = section.chat_template_kwargs | content.chat_template_kwargs
         content = replace(content, chat_template_kwargs=kwargs)
     return content
-
-
-def phrase(record: TaskRecord, phrasings: PhrasingSet, index: int, shots: Sequence[TaskRecord] = ()) -> Conversation:
-    """A record as a conversation: the prompt, after solved examples in the same phrasing, and the answer."""
-    prompt, target = phrasings.phrase(record, index)
-    # An example that the phrasing cannot be filled with (no rationale, say) is left out.
-    solved = ["\n\n".join(phrasings.phrase(shot, index)) for shot in shots if _has(shot, record)]
-    text = "\n\n\n".join([*solved, prompt])
-    accepted = record.references if target == record.target else (target,)
-    options = record.options if target in record.options else ()
-    return Conversation((Message("user", text), Message("assistant", target)), (), options, accepted)
-
-
-def _has(shot: TaskRecord, record: TaskRecord) -> bool:
-    return (record.rationale is None or shot.rationale is not None) and bool(shot.options) == bool(record.options)

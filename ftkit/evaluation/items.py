@@ -96,7 +96,8 @@ def read_task(
     if section.template is not None:
         rows = _records(rows, section, key)
         dataset = dataset.model_copy(update={"columns": ColumnsSection()})
-    documents = parse_rows(rows, dataset, key=key)
+    parsed = parse_rows(rows, dataset, key=key, base=base, seed=seed)
+    rows, documents = [row for row, _ in parsed], [document for _, document in parsed]
     truths = [_truth_of(document) for document in documents]
     if section.options is not None:
         truths = [replace(truth, options=section.options) for truth in truths]

@@ -31,6 +31,10 @@ class TaskSection(Section):
     """What is measured: one of the metrics' names, or a list of them."""
     template: str | None = None
     """How a row is phrased, with fields of the row or of its `inputs` in braces; else rows are read by `format`."""
+    templates: NonEmpty | None = None
+    """Phrasings of the library, or of a file (FILE.yaml:NAME); each row is asked in one of them, always the same."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """With templates: the source's answers in the phrasings' words."""
     options: Annotated[ListOf[str], Field(min_length=2)] | None = None
     """The answers to choose from, the same for every row; with a template, rows may give an answer's index, from 0."""
     options_field: str | None = None
@@ -74,6 +78,8 @@ class TaskSection(Section):
 
     @model_validator(mode="after")
     def _keys_fit_together(self) -> "TaskSection":
+        if self.templates is not None and (self.template is not None or self.format is not None):
+            raise ValueError("templates, template and format exclude each other; keep one of them")
         if self.options is not None and self.options_field is not None:
             raise ValueError("options and options_field exclude each other; keep one of them")
         if self.template is not None and self.format not in (None, "task"):
@@ -86,7 +92,8 @@ class TaskSection(Section):
 
     def dataset(self) -> DatasetSection:
         """The task's rows as a data set of a recipe."""
-        shared = {"path", "name", "format", "columns", "roles", "template", "subset", "split", "revision"}
+        shared = {"path", "name", "format", "columns", "roles", "template", "templates", "labels"}
+        shared |= {"subset", "split", "revision"}
         values = {name: value for name, value in self if name in shared}
         return DatasetSection(**values | ({"format": "task"} if self.template is not None else {}))
 

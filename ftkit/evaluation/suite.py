@@ -14,9 +14,6 @@ from ftkit.recipe.marked_yaml import read_yaml
 from ftkit.recipe.schema import ColumnsSection
 from ftkit.recipe.shape import describe, expected
 
-_LATER = {"templates"}
-"""Keys of later versions."""
-
 
 @dataclass(frozen=True, slots=True)
 class Suite:
@@ -41,11 +38,14 @@ def read_suite(path: Path, *, limit: int | None = None, seed: int = DEFAULT_SEED
     raw, marks = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(f"a suite is a mapping of keys, not {describe(raw)}", how="list its `tasks`", where=marks[()])
+    wrong = _unknown_columns(raw)
     try:
         section = SuiteSection.model_validate(raw)
     except ValidationError as error:
+        wrong = [*_problems(error, raw), *wrong]
+    if wrong:
         marks.setdefault(("tasks",), marks[()])
-        raise UserError.of(_problems(error, raw)).located(marks) from None
+        raise UserError.of(wrong).located(marks)
     tasks: list[Task] = []
     problems: list[Problem] = []
     for index, task in enumerate(section.tasks):
@@ -77,8 +77,6 @@ def _problem(key: KeyPath, detail: ErrorDetails) -> Problem:
     name = str(key[-1]) if key else ""
     if detail["type"] == "missing":
         return Problem("required key is missing", "add it", key=key)
-    if detail["type"] == "extra_forbidden" and name in _LATER:
-        return Problem("not in this version", "remove it", key=key)
     if detail["type"] == "extra_forbidden":
         return Problem("unknown key", did_you_mean(name, section.model_fields), key=key)
     if detail["type"] == "value_error":
@@ -89,6 +87,19 @@ def _problem(key: KeyPath, detail: ErrorDetails) -> Problem:
         return Problem(f"{detail['msg'].lower()}, got {describe(detail['input'])}", how, key=key)
     wanted = expected(section.model_fields[name].rebuild_annotation())
     return Problem(f"expected {wanted}, got {describe(detail['input'])}", key=key)
+
+
+def _unknown_columns(raw: dict[str, Any]) -> list[Problem]:
+    """Columns that no format has; with `templates` the phrasings decide."""
+    problems = []
+    tasks = raw.get("tasks")
+    for index, task in enumerate(tasks if isinstance(tasks, list) else []):
+        columns = task.get("columns") if isinstance(task, dict) and "templates" not in task else None
+        for name in columns if isinstance(columns, dict) else ():
+            if name not in ColumnsSection.model_fields:
+                how = did_you_mean(str(name), ColumnsSection.model_fields)
+                problems.append(Problem("unknown key", how, key=("tasks", index, "columns", name)))
+    return problems
 
 
 def _existing(place: KeyPath, raw: Any) -> KeyPath:

@@ -19,7 +19,7 @@ def section(**keys: Any) -> DatasetSection:
 
 def parse(*rows: dict[str, Any], **keys: Any) -> list[Any]:
     numbered = [Row(index, fields, f"data.json:{index + 1}") for index, fields in enumerate(rows)]
-    return parse_rows(numbered, section(**keys), key=KEY)
+    return [document for _, document in parse_rows(numbered, section(**keys), key=KEY)]
 
 
 def turns(document: Conversation) -> list[tuple[str, str]]:

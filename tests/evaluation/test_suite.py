@@ -172,7 +172,6 @@ tasks:
   - nam: b
     path: rows.jsonl
     metric: [rank_accuracy]
-    templates: flan
     options: [negative, 1]
     columns: {targte: label}
 """
@@ -182,13 +181,12 @@ tasks:
     assert "suite.yaml:6: tasks.0.limit: expected a whole number above 0, got the text 'many'" in problems
     assert "suite.yaml:7: tasks.1.nam: unknown key; did you mean name?" in problems
     assert "suite.yaml:7: tasks.1.name: required key is missing; add it" in problems
-    assert "suite.yaml:10: tasks.1.templates: not in this version; remove it" in problems
     assert (
-        "suite.yaml:11: tasks.1.options.1: input should be a valid string, got the number 1; put it in quotes"
+        "suite.yaml:10: tasks.1.options.1: input should be a valid string, got the number 1; put it in quotes"
         in problems
     )
-    assert "suite.yaml:12: tasks.1.columns.targte: unknown key; did you mean target?" in problems
-    assert len(problems) == 8
+    assert "suite.yaml:11: tasks.1.columns.targte: unknown key; did you mean target?" in problems
+    assert len(problems) == 7
 
 
 @pytest.mark.parametrize(

@@ -338,7 +338,8 @@ WRONG_OVERRIDES = {
     "method.rank=x": "method.rank: expected a whole number above 0, got the text 'x'",
     "per_device_train_batch_size=4": "per_device_train_batch_size: the batch is global here; set",
     "quantization=nf4": "quantization: not in this version",
-    "data.train.0.templates=x": "data.train.0.templates: not in this version; give one template",
+    "data.train.0.few_shot=0.5": "data.train.0.few_shot: only templates use it; set templates",
+    "data.mixing.maximum=10": "data.mixing.maximum: concat has no maximum; set data.mixing.strategy: proportional",
 }
 
 
