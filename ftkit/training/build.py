@@ -92,9 +92,18 @@ def build(
     sharded = world.size > 1 and recipe.training.parallel == "fsdp"
     _set_for_training(model, recipe, compute_in_dtype=None if sharded and method.name == "full" else compute_dtype)
 
-    # 3. The root module, on its device, for one process or many.
+    # 3. The root module, on its device, for one process or many. A model that is to be sharded waits on the CPU, since
+    # one device may not hold it; sharding moves it block by block.
+    if not sharded:
+        # transformers types its own `to` for quantized models only.
+        nn.Module.to(model, world.device)
     objective = Objective(model, num_datasets=len(plan.dataset_names), packed_attention=isolation.rung == "ftkit")
-    root = _on_device(objective, world, sharded=sharded, param_dtype=compute_dtype if method.name == "full" else None)
+    if sharded:
+        # None: each weight in its own precision.
+        param_dtype = compute_dtype if method.name == "full" else None
+        root = world.shard(objective, describe(model).blocks, param_dtype=param_dtype)
+    else:
+        root = world.replicate(objective)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     # 4. Optimizer, the state of the checkpoint, and how the next ones are written.
@@ -163,18 +172,6 @@ def _set_for_training(model: PreTrainedModel, recipe: Recipe, *, compute_in_dtyp
     model.config.use_cache = False
     # Not used in training; transformers would refuse to save some that models ship. Ours is written beside.
     model.generation_config = GenerationConfig()
-
-
-def _on_device(objective: Objective, world: World, *, sharded: bool, param_dtype: torch.dtype | None) -> nn.Module:
-    """The root module on this process's device, wrapped for the other processes where there are any.
-
-    Args:
-        param_dtype: the precision that shards are gathered in; None keeps each weight's own.
-    """
-    objective.to(world.device)
-    if sharded:
-        return world.shard(objective, describe(objective.model).blocks, param_dtype=param_dtype)
-    return world.replicate(objective)
 
 
 def _restore(

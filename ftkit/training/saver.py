@@ -38,10 +38,14 @@ class Saver:
     def __call__(self, state: LoopState) -> None:
         """Write `state` with weights, optimizer and generators. A collective: every process must call it."""
         state.metrics_lines = self.world.broadcast(self.metrics.lines)
-        trained = self.method.trained_state(self.model, gather=whole)
-        weights = {name: tensor.to("cpu") for name, tensor in trained.items()}
+        weights = self.method.trained_state(self.model, gather=self._for_writer)
         moments, random = optimizer_tensors(self.optimizer, self.parameters), random_tensors(self.world)
         self.world.on_main(lambda: self._write(state, weights, moments, random))
+
+    def _for_writer(self, shard: Tensor) -> Tensor:
+        """The whole tensor on the CPU of the process that writes: no device and no other process holds all of them."""
+        tensor = whole(shard)
+        return tensor.to("cpu") if self.world.is_main else tensor.new_empty(0)
 
     def _write(
         self,
