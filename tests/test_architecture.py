@@ -28,12 +28,13 @@ LAYERS = (
     "estimate",
     "artifacts",
     "commands",
+    "failures",
     "cli",
     "__main__",
 )
 """From the bottom to the top; a module imports from below only."""
 ONLY_IN = {"accelerate": "ftkit.distributed", "peft": "no module", "trl": "no module"}
-LIGHT = ("errors", "console", "recipe", "launch", "commands", "cli")
+LIGHT = ("errors", "console", "recipe", "launch", "commands", "failures", "cli")
 """Layers that load none of HEAVY before they need it: `--help` and a wrong recipe answer at once."""
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "huggingface_hub", "numpy", "pandas", "pyarrow"}
 

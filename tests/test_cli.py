@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from ftkit.cli import LATER_OPTIONS, LATER_VERBS, run
+from ftkit.cli import run
 from ftkit.errors import CheckFailedError, Interrupted, NetworkError, Problem, UserError
+from ftkit.failures import LATER_OPTIONS, LATER_VERBS
 
 VERBS = ("train", "plan", "merge", "eval", "export", "schema")
 

@@ -15,23 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ftkit.data.chat import ChatTemplate
 from ftkit.errors import CheckFailedError, StorageError, UserError
-from ftkit.models.files import CONFIG_NAME, read_json
+from ftkit.models.files import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, read_json
 from ftkit.models.load import TOKENIZER_FILES, BaseModel, load_tokenizer, local_directory
-from ftkit.runs import move_aside
+from ftkit.runs import Target, move_aside
 
-GENERATION_CONFIG_NAME = "generation_config.json"
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "additional_chat_templates",
-)
-"""Everything that makes a tokenizer and its chat templates."""
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
@@ -96,27 +83,32 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def copy_companions(
-    base: BaseModel, tuned: Path | None, target: Path, *, chat_template_kwargs: Mapping[str, Any]
-) -> None:
+def copy_companions(target: Target, directory: Path) -> None:
     """Write what belongs to the weights: tokenizer, chat template, generation config, licence, the model's own code.
 
+    What training left beside the tuned weights goes before the base's own.
+
     Args:
-        tuned: directory of the tuned weights, whose tokenizer and generation config go before the base's; None: the
-            base's own.
+        directory: holds config.json already.
     """
-    source = local_directory(base, weights=False)
-    copy_matching(source, target, LICENCE_PATTERNS)
-    if base.trust_remote_code:
-        copy_matching(source, target, ("*.py",))
-    with_tokenizer = next((d for d in (tuned, source) if d is not None and has_tokenizer(d)), None)
+    source = local_directory(target.model, weights=False)
+    copy_matching(source, directory, LICENCE_PATTERNS)
+    if target.model.trust_remote_code:
+        copy_matching(source, directory, ("*.py",))
+    places = [place for place in (target.tokenizer, source) if place is not None]
+    with_tokenizer = next((place for place in places if has_tokenizer(place)), None)
     if with_tokenizer is not None:
-        copy_matching(with_tokenizer, target, TOKENIZER_PATTERNS)
-    with_generation = next(
-        (d for d in (tuned, source) if d is not None and (d / GENERATION_CONFIG_NAME).is_file()), None
-    )
-    tokenizer = load_tokenizer(BaseModel(str(target), path=target)) if with_tokenizer is not None else None
-    write_generation_config(target, with_generation, tokenizer, chat_template_kwargs=chat_template_kwargs)
+        copy_matching(with_tokenizer, directory, TOKENIZER_PATTERNS)
+    with_generation = next((place for place in places if (place / GENERATION_CONFIG_NAME).is_file()), None)
+    tokenizer = load_tokenizer(BaseModel(str(directory), path=directory)) if with_tokenizer is not None else None
+    kwargs = template_kwargs(target)
+    write_generation_config(directory, with_generation, tokenizer, chat_template_kwargs=kwargs)
+
+
+def template_kwargs(target: Target) -> Mapping[str, Any]:
+    """What the run that `target` comes from hands to its chat template."""
+    recipe = target.recipe
+    return recipe.data.chat_template_kwargs if recipe is not None else {}
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -11,13 +11,21 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ftkit.artifacts import proof
-from ftkit.artifacts.directory import check_free, copy_companions, has_tokenizer, staged, write_config
+from ftkit.artifacts.directory import (
+    check_free,
+    copy_companions,
+    has_tokenizer,
+    staged,
+    template_kwargs,
+    write_config,
+)
 from ftkit.artifacts.weights import ComputeDelta, check_tensors, names_in_files, rewrite, stored_dtype
 from ftkit.errors import UserError
 from ftkit.methods import adapter, full, lora
 from ftkit.methods.files import BOTTLENECK, LORA, read_adapter, read_identity
-from ftkit.models.files import ADAPTER_CONFIG_NAME, CONFIG_NAME, WEIGHTS_NAME, hash_files, read_json
+from ftkit.models.files import ADAPTER_CONFIG_NAME, WEIGHTS_NAME, hash_files, read_json
 from ftkit.models.load import BaseModel, fingerprint, load_config, load_tokenizer, load_weights, local_directory
+from ftkit.runs import Target
 
 REPORT_NAME = "merge_report.json"
 _WEIGHT = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
@@ -72,20 +80,17 @@ def single_adapter(texts: Sequence[str]) -> str:
 
 
 def merge(
-    adapter_directory: Path,
-    base: BaseModel,
+    target: Target,
     output: Path,
     *,
     prompts: Sequence[proof.Prompt] = (),
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
-    """Write base + adapter to `output` as an ordinary Hugging Face directory, and prove that it is that.
+    """Write base + LoRA to `output` as an ordinary Hugging Face directory, and prove that it is that.
 
     Args:
         prompts: token ids to prove on, besides those that ship with ftkit.
-        chat_template_kwargs: of the run.
         dtype: precision of the result; None keeps the one that the base is stored in.
         overwrite: move an `output` that exists to `NAME.old-1`.
 
@@ -95,9 +100,8 @@ def merge(
         StorageError: disk full.
     """
     # 1. What is merged into what.
-    kwargs = chat_template_kwargs or {}
     check_free(output, overwrite=overwrite)
-    check_kind(adapter_directory)
+    base, adapter_directory = target.model, lora_of(target)
     base_fingerprint = _check_base(adapter_directory, base)
     deltas, prefix = _read_deltas(adapter_directory, base)
     source = local_directory(base, weights=True)
@@ -108,13 +112,13 @@ def merge(
         # 2. The directory.
         rewrite(source, directory, in_files, dtype=dtype)
         write_config(source, directory, result_dtype)
-        copy_companions(base, adapter_directory, directory, chat_template_kwargs=kwargs)
+        copy_companions(target, directory)
 
         # 3. The proof, of what lies on the disk.
         check_tensors(source, directory, in_files, dtype=dtype)
         merged = BaseModel(output.name, path=directory, trust_remote_code=base.trust_remote_code)
         tokenizer = load_tokenizer(merged) if has_tokenizer(directory) else None
-        all_prompts = proof.proof_prompts(tokenizer, kwargs, prompts)
+        all_prompts = proof.proof_prompts(tokenizer, template_kwargs(target), prompts)
         exact, cast = _prove(adapter_directory, base, merged, deltas, all_prompts, result_dtype)
         report = MergeReport(
             max_abs_logit_difference=exact.max_abs_logit_difference,
@@ -130,21 +134,20 @@ def merge(
     return report
 
 
-def check_kind(directory: Path) -> None:
-    """Check that `directory` holds a LoRA.
+def lora_of(target: Target) -> Path:
+    """Directory of the LoRA that `target` names.
 
     Raises:
-        UserError: it holds something else; the message says what to do with that.
+        UserError: it is something else; the message says what to do with that.
     """
-    if not (directory / ADAPTER_CONFIG_NAME).is_file():
-        if (directory / CONFIG_NAME).is_file():
-            raise UserError(f"{directory}: {full.merge_refusal}")
-        raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_NAME}", how="name a LoRA run")
-    kind = read_json(directory / ADAPTER_CONFIG_NAME).get("peft_type")
+    if target.adapter is None:
+        raise UserError(f"{target.label}: {full.merge_refusal}")
+    kind = read_json(target.adapter / ADAPTER_CONFIG_NAME).get("peft_type")
     if kind == BOTTLENECK:
-        raise UserError(f"{directory}: {adapter.merge_refusal}")
+        raise UserError(f"{target.adapter}: {adapter.merge_refusal}")
     if kind != LORA:
-        raise UserError(f"{directory} is an adapter of the kind {kind}", how="ftkit merges LoRA adapters")
+        raise UserError(f"{target.adapter} is an adapter of the kind {kind}", how="ftkit merges LoRA adapters")
+    return target.adapter
 
 
 def _check_base(adapter_directory: Path, base: BaseModel) -> str:

@@ -30,16 +30,7 @@ def export(
     if output is None and found.run is None:
         raise UserError(f"{target} belongs to no run", how="say where to write with --output DIR")
     output = output or Path(found.run or "") / EXPORTED
-    recipe = found.recipe
-    write(
-        found.model,
-        found.adapter,
-        output,
-        tokenizer=found.tokenizer,
-        chat_template_kwargs=recipe.data.chat_template_kwargs if recipe is not None else None,
-        dtype=result_dtype,
-        overwrite=overwrite,
-    )
+    write(found, output, dtype=result_dtype, overwrite=overwrite)
     console.line(f"written to {output}", style="bold")
     for command in NEXT[format]:
         console.line("  " + command.format(output=output, base=found.model.name))

@@ -11,7 +11,20 @@ from ftkit.errors import KeyPath, UserError
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates",
+)
+"""Everything that makes a tokenizer and its chat templates."""
 
 RESTORE = "restore or download the file again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
