@@ -1,7 +1,7 @@
 """The whole run before its first step: every row read and encoded, every batch of every epoch drawn."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -46,9 +46,12 @@ class Plan:
     """SHA-256 in hex over everything above that the weights depend on; see `fingerprint_until`."""
     warnings: list[str] = field(default_factory=list)
     """What the user should know before the run."""
+    _fingerprints: list[str] = field(init=False, repr=False, compare=False)
+    """By number of steps. All at once, since every checkpoint asks for its own."""
 
     def __post_init__(self) -> None:
-        self.fingerprint = self.fingerprint_until(len(self.steps))
+        self._fingerprints = list(self._running_fingerprints())
+        self.fingerprint = self._fingerprints[-1]
 
     def micro_batches(
         self, step: int, *, rank: int, world_size: int, max_tokens: int, packed: bool
@@ -71,18 +74,22 @@ class Plan:
 
         A longer run over the same data agrees with a shorter one up to the shorter one's end.
         """
+        return self._fingerprints[min(step, len(self.steps))]
+
+    def _running_fingerprints(self) -> Iterator[str]:
         digest = hashlib.sha256()
         for name, examples in self.validation.items():
             digest.update(name.encode())
             digest.update(b"".join(_digest(example) for example in examples))
+        yield digest.hexdigest()
         digests: dict[int, bytes] = {}
-        for batch in self.steps[:step]:
+        for batch in self.steps:
             digest.update(len(batch).to_bytes(8, "little"))
             for index in batch:
                 if index not in digests:
                     digests[index] = _digest(self.examples[index])
                 digest.update(digests[index])
-        return digest.hexdigest()
+            yield digest.hexdigest()
 
 
 def make_plan(

@@ -150,7 +150,7 @@ def build(
             write_weights=lambda staging: write_weights(staging, model, method, prepared, identity, weights),
             optimizer=moments,
             random=random,
-            state=s.to_json() | {"plan": plan.fingerprint},
+            state=s.to_json() | {"plan": plan.fingerprint_until(s.step)},
         )
         best = directory / f"step-{s.best_step:08d}" if s.best_step is not None else None
         rotate(directory, keep=recipe.training.save_total_limit, best=best)
