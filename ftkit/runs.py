@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from ftkit.errors import UserError
+from ftkit.methods.files import BaseIdentity
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
 from ftkit.recipe.load import load_recipe
@@ -43,8 +44,8 @@ RECIPE, ENVIRONMENT, METRICS, LOG, VALIDATION = (
 CHECKPOINTS, ADAPTER, MODEL, MERGED, EXPORT = "checkpoints", "adapter", "model", "merged", "export"
 RESULTS = (ADAPTER, MODEL, MERGED, EXPORT)
 """What follows from the run's weights, and no longer does once it goes on."""
-STEPS = "optimizer_steps"
-"""Key of environment.json: the length that the run was planned to."""
+STEPS, BASE = "optimizer_steps", "base_model"
+"""Keys of environment.json: the length that the run was planned to, and the `BaseIdentity`."""
 _UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
 """Placeholder of `output_dir` that differs from run to run -> what it is filled with, as a regular expression."""
 _NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
@@ -158,9 +159,19 @@ def find_runs(pattern: str, *, name: str, method: str) -> list[Path]:
 
 def planned_steps(run: Path) -> int | None:
     """Optimizer steps that the run was planned to when it last started; None where it does not say."""
-    path = run / ENVIRONMENT
-    steps = read_json(path).get(STEPS) if path.is_file() else None
+    steps = _environment(run).get(STEPS)
     return steps if isinstance(steps, int) else None
+
+
+def recorded_base(run: Path) -> BaseIdentity | None:
+    """The base that the run trains on; None where it does not say."""
+    values = _environment(run).get(BASE)
+    return BaseIdentity(**values) if isinstance(values, dict) else None
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    path = run / ENVIRONMENT
+    return read_json(path) if path.is_file() else {}
 
 
 def _fill(pattern: str, *, name: str, method: str, time_text: str | None = None) -> str:

@@ -169,7 +169,7 @@ def _write_records(
     loaded: LoadedRecipe, prepared: "Prepared", built: "Built", run: Path, metrics: "MetricsFile"
 ) -> None:
     """recipe.yaml, environment.json and validation.json; metrics.jsonl cut back to what the checkpoint had seen."""
-    from ftkit.runs import ENVIRONMENT, RECIPE, STEPS, VALIDATION, describe_environment, write_json
+    from ftkit.runs import BASE, ENVIRONMENT, RECIPE, STEPS, VALIDATION, describe_environment, write_json
 
     metrics.truncate(built.state.metrics_lines)
     recipe = resolve(loaded)
@@ -183,5 +183,5 @@ def _write_records(
         describe_environment(built.loop.world.device, built.loop.world.size)
         | {"seed": prepared.recipe.seed, "data_fingerprint": prepared.plan.fingerprint}
         | {STEPS: len(prepared.plan.steps)}
-        | {"base_model": asdict(built.identity), "precision": built.precision, "packing": built.isolation.reason},
+        | {BASE: asdict(built.identity), "precision": built.precision, "packing": built.isolation.reason},
     )

@@ -11,15 +11,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from ftkit.console import Console, human_bytes, human_count
 from ftkit.distributed import World, whole
 from ftkit.methods.base import Method, Report, report
-from ftkit.methods.files import BaseIdentity
+from ftkit.methods.files import BaseIdentity, check_base, identify
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import describe
 from ftkit.models.isolation import Isolation, choose_packing
-from ftkit.models.load import choose_compute_dtype, fingerprint, load_weights
+from ftkit.models.load import choose_compute_dtype, load_weights
 from ftkit.models.objective import Objective
 from ftkit.models.precision import compute_in
 from ftkit.recipe.schema import Recipe
-from ftkit.runs import CHECKPOINTS, MetricsFile
+from ftkit.runs import CHECKPOINTS, MetricsFile, recorded_base
 from ftkit.training.checkpoint import (
     Checkpoint,
     load_optimizer,
@@ -83,7 +83,8 @@ def build(
     """Load the base, apply the method, prove isolation, wrap for the processes at hand and restore the state.
 
     Raises:
-        UserError: targets that match nothing, packing required but not possible, a base that cannot be loaded.
+        UserError: targets that match nothing, packing required but not possible, a base that cannot be loaded, or whose
+            weights are not those that the checkpoint was trained on.
     """
     recipe, plan = prepared.recipe, prepared.plan
     method = METHODS[recipe.method.type]
@@ -95,10 +96,10 @@ def build(
     isolation = choose_packing(prepared.config, packing=recipe.data.packing, requested=recipe.model.attn_implementation)
 
     # 2. Weights and what trains of them. Every rank draws dropout of its own.
+    identity = identify(prepared.base)
+    if checkpoint is not None and (trained_on := recorded_base(run)) is not None:
+        check_base(checkpoint.path, trained_on, identity)
     model = load_weights(prepared.base, dtype=storage_dtype, attn_implementation=isolation.attn_implementation)
-    identity = BaseIdentity(
-        str(prepared.base.path or prepared.base.repo_id), prepared.base.revision, fingerprint(prepared.base)
-    )
     if checkpoint is None:
         method.apply(model, recipe.method, seed=recipe.seed)
     else:

@@ -14,7 +14,7 @@ from ftkit.commands.train import train
 from ftkit.errors import NonFiniteError, UserError
 from ftkit.recipe.load import load_recipe
 from ftkit.training.optim import learning_rate
-from tests.tiny_models import CHATML
+from tests.tiny_models import CHATML, save_tiny
 from tests.tiny_runs import METHODS, cli_command, cli_environment, losses, read_metrics, run_cli, write_recipe
 
 
@@ -277,6 +277,16 @@ def test_changed_data_is_not_resumed(tiny):
     rows.write_text(rows.read_text().replace("Say", "Tell"))
     with pytest.raises(UserError, match="not the one"):
         train(recipe, [], checkpoint=runs / "recipe-1" / "checkpoints" / "step-00000003")
+
+
+def test_a_base_that_has_changed_is_not_gone_on_with(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    save_tiny(recipe.parent / "base-llama", seed=7)
+    names = {path for path in runs.rglob("*")}
+    with pytest.raises(UserError, match=r"step-00000003 was trained on .*base-llama \(sha256:\w+\), and the"):
+        train(recipe, [], checkpoint=runs / "recipe-1" / "checkpoints" / "step-00000003")
+    assert {path for path in runs.rglob("*")} == names
 
 
 def test_a_taken_directory_is_refused_and_untouched_or_moved_aside(tiny):
