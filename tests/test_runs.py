@@ -15,6 +15,8 @@ def test_a_number_is_always_free(tmp_path):
     names = [make(tmp_path / "{name}-{n}").name for _ in range(3)]
     assert names == ["r-1", "r-2", "r-3"]
     assert make(tmp_path / "{method}" / "x").parts[-2:] == ("lora", "x")
+    # As the resolved recipe has it.
+    assert make(tmp_path / "{name}-{n}", name="a{n}").name == "a_n_-1"
 
 
 def test_an_empty_directory_is_taken_and_another_is_not(tmp_path):
