@@ -270,7 +270,7 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _reader_gone()
     except (OSError, MemoryError, RuntimeError) as error:
-        known = known_failure(error)
+        known = known_failure(error, arguments)
         if known is None:
             raise
         return _fail(known)

@@ -4,10 +4,12 @@ The command line turns what it catches into an `FtkitError` here; what becomes N
 """
 
 import errno
+import os
 import re
 import signal
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 import typer
 
@@ -38,6 +40,10 @@ TYPER_WORDS = {
 }
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+NO_PATH = {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""What only a user's path can be the cause of: ftkit's own names are short, and lie in directories that it made."""
+MISTAKEN = {errno.ENOENT, errno.EEXIST, errno.EISDIR}
+"""The user's mistake where it is about a path of the command line; else a bug."""
 
 
 def usage_error(error: typer.TyperException, arguments: Sequence[str]) -> UserError:
@@ -57,12 +63,14 @@ def usage_error(error: typer.TyperException, arguments: Sequence[str]) -> UserEr
     return UserError(message[:1].lower() + message[1:], how=help_command)
 
 
-def known_failure(error: OSError | MemoryError | RuntimeError) -> FtkitError | None:
-    """What a full disk, a missing permission or too little memory means to a user; None for a bug."""
+def known_failure(error: OSError | MemoryError | RuntimeError, arguments: Sequence[str]) -> FtkitError | None:
+    """What a full disk, a bad path, a missing permission or too little memory means to a user; None for a bug."""
     if isinstance(error, OSError):
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+        if where is not None and (error.errno in NO_PATH or (error.errno in MISTAKEN and _is_named(where, arguments))):
+            return UserError((error.strerror or "cannot be used").lower(), how="name another path", where=where)
         if error.errno not in FULL | DENIED:
             return None
-        where = str(error.filename) if error.filename is not None else None
         how = "free some space" if error.errno in FULL else "check the permissions"
         return StorageError((error.strerror or "cannot be written").lower(), how=how, where=where)
     # torch raises its own class on a GPU and a RuntimeError on the CPU; importing it to ask would take seconds.
@@ -72,6 +80,14 @@ def known_failure(error: OSError | MemoryError | RuntimeError) -> FtkitError | N
             return None
     how = "lower training.max_tokens_per_device, or set training.gradient_checkpointing=true"
     return OutOfMemoryError("out of memory", how=how)
+
+
+def _is_named(path: str, arguments: Sequence[str]) -> bool:
+    """Whether the command line names `path` or something in it, as an argument or as the value of `key=value`."""
+    named = {Path(os.path.expanduser(t)).absolute() for a in arguments for t in {a, a.partition("=")[2]} if t}
+    # What the working directory lies in is no part of a relative path that the user wrote.
+    here = {Path.cwd(), *Path.cwd().parents}
+    return Path(path).absolute() in named | {parent for one in named for parent in one.parents} - here
 
 
 def interrupted() -> FtkitError:

@@ -22,9 +22,9 @@ from ftkit.artifacts.directory import (
 from ftkit.artifacts.weights import ComputeDelta, check_tensors, names_in_files, rewrite, stored_dtype
 from ftkit.errors import UserError
 from ftkit.methods import adapter, full, lora
-from ftkit.methods.files import BOTTLENECK, LORA, read_adapter, read_identity
+from ftkit.methods.files import BOTTLENECK, LORA, check_base, identify, read_adapter, read_identity
 from ftkit.models.files import ADAPTER_CONFIG_NAME, WEIGHTS_NAME, hash_files, read_json
-from ftkit.models.load import BaseModel, fingerprint, load_config, load_tokenizer, load_weights, local_directory
+from ftkit.models.load import BaseModel, load_config, load_tokenizer, load_weights, local_directory
 from ftkit.runs import Target
 
 REPORT_NAME = "merge_report.json"
@@ -54,7 +54,7 @@ class MergeReport:
     top1_agreement: float
     cast: Cast
     tensors_changed: int
-    base_fingerprint: str
+    base_fingerprint: str | None
     adapters: tuple[dict[str, Any], ...]
 
 
@@ -102,7 +102,8 @@ def merge(
     # 1. What is merged into what.
     check_free(output, overwrite=overwrite)
     base, adapter_directory = target.model, lora_of(target)
-    base_fingerprint = _check_base(adapter_directory, base)
+    identity = identify(base)
+    check_base(adapter_directory, read_identity(adapter_directory), identity)
     deltas, prefix = _read_deltas(adapter_directory, base)
     source = local_directory(base, weights=True)
     in_files = names_in_files(source, deltas, prefix=prefix)
@@ -126,7 +127,7 @@ def merge(
             top1_agreement=exact.top1_agreement,
             cast=cast,
             tensors_changed=len(deltas),
-            base_fingerprint=base_fingerprint,
+            base_fingerprint=identity.fingerprint,
             adapters=(_describe(adapter_directory),),
         )
         (directory / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -148,18 +149,6 @@ def lora_of(target: Target) -> Path:
     if kind != LORA:
         raise UserError(f"{target.adapter} is an adapter of the kind {kind}", how="ftkit merges LoRA adapters")
     return target.adapter
-
-
-def _check_base(adapter_directory: Path, base: BaseModel) -> str:
-    """The base's fingerprint, which is the one that the adapter was trained on if it knows any."""
-    identity, here = read_identity(adapter_directory), fingerprint(base)
-    if identity.fingerprint not in (None, here):
-        raise UserError(
-            f"{adapter_directory} was trained on {identity.name} ({identity.fingerprint}), and {base.name} has other "
-            f"weights ({here})",
-            how=f"--base with {identity.name} as it was then",
-        )
-    return here
 
 
 def _read_deltas(adapter_directory: Path, base: BaseModel) -> tuple[dict[str, ComputeDelta], str]:

@@ -10,8 +10,6 @@ from ftkit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-MERGED = "merged"
-"""Name of the result in the run's directory, where --output names no other."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,7 +26,7 @@ def merge(
     """Merge ADAPTER (a run, a checkpoint or an adapter directory) into its base, written to `output`."""
     from ftkit.artifacts.merge import lora_of, single_adapter
     from ftkit.artifacts.merge import merge as merge_adapter
-    from ftkit.runs import find_target
+    from ftkit.runs import MERGED, find_target
 
     console = Console()
     result_dtype, name = as_dtype(dtype), single_adapter(adapters)

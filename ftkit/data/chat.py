@@ -218,7 +218,7 @@ def chat_template_for(
 
 
 def _read(name: str, base: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
-    path = base / name
+    path = base / Path(name).expanduser()
     key = ("model", "chat_template")
     if path.is_file():
         try:
@@ -227,7 +227,7 @@ def _read(name: str, base: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
             raise UserError(f"cannot read {path}: {error}", how="give a readable UTF-8 file", key=key) from None
     if name not in BUILT_IN:
         how = f"give a Jinja file or one of {', '.join(BUILT_IN)}"
-        raise UserError(f"no such file or built-in template: {name}", how=how, key=key)
+        raise UserError(f"no such file: {path.absolute()}, and no built-in template {name}", how=how, key=key)
     return _plain(tokenizer) if name == "plain" else BUILT_IN[name]
 
 

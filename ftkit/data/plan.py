@@ -1,7 +1,7 @@
 """The whole run before its first step: every row read and encoded, every batch of every epoch drawn."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from ftkit.data.encode import Encoder
 from ftkit.data.mixture import draw_epoch, random_generator, split_validation
 from ftkit.data.sources import dataset_names
 from ftkit.data.types import DatasetCounts, Document, EncodedExample
-from ftkit.errors import Problem, UserError
+from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.schema import DatasetSection, MixingSection, Recipe
 
 
@@ -46,9 +46,12 @@ class Plan:
     """SHA-256 in hex over everything above that the weights depend on; see `fingerprint_until`."""
     warnings: list[str] = field(default_factory=list)
     """What the user should know before the run."""
+    _fingerprints: list[str] = field(init=False, repr=False, compare=False)
+    """By number of steps. All at once, since every checkpoint asks for its own."""
 
     def __post_init__(self) -> None:
-        self.fingerprint = self.fingerprint_until(len(self.steps))
+        self._fingerprints = list(self._running_fingerprints())
+        self.fingerprint = self._fingerprints[-1]
 
     def micro_batches(
         self, step: int, *, rank: int, world_size: int, max_tokens: int, packed: bool
@@ -71,29 +74,37 @@ class Plan:
 
         A longer run over the same data agrees with a shorter one up to the shorter one's end.
         """
+        return self._fingerprints[min(step, len(self.steps))]
+
+    def _running_fingerprints(self) -> Iterator[str]:
         digest = hashlib.sha256()
         for name, examples in self.validation.items():
             digest.update(name.encode())
             digest.update(b"".join(_digest(example) for example in examples))
+        yield digest.hexdigest()
         digests: dict[int, bytes] = {}
-        for batch in self.steps[:step]:
+        for batch in self.steps:
             digest.update(len(batch).to_bytes(8, "little"))
             for index in batch:
                 if index not in digests:
                     digests[index] = _digest(self.examples[index])
                 digest.update(digests[index])
-        return digest.hexdigest()
+            yield digest.hexdigest()
 
 
 def make_plan(
-    recipe: Recipe, encoder: Encoder, *, base: Path, progress: Progress = lambda what, done, total: None
+    recipe: Recipe,
+    encoder: Encoder,
+    *,
+    directory: Callable[[KeyPath], Path],
+    progress: Progress = lambda what, done, total: None,
 ) -> Plan:
     """Read, parse, split and encode all data, and draw every batch of the run.
 
     Args:
         recipe: the whole recipe.
         encoder: turns documents into examples.
-        base: directory that relative paths start from.
+        directory: of a key whose value is a relative path, where that path starts (`LoadedRecipe.directory`).
         progress: told how far it is; called for every row.
 
     Raises:
@@ -101,8 +112,8 @@ def make_plan(
     """
     _check_mixing(recipe.data.mixing)
     # 1. Rows -> documents, and which of them are measured and never trained on.
-    train = _load(recipe.data.train, "train", base, recipe.seed, progress)
-    evaluation = _load(recipe.data.eval, "eval", base, recipe.seed, progress)
+    train = _load(recipe.data.train, "train", directory, recipe.seed, progress)
+    evaluation = _load(recipe.data.eval, "eval", directory, recipe.seed, progress)
     names = [corpus.name for corpus in train]
     held_out: list[list[int]] = [[] for _ in train]
     if not evaluation:
@@ -155,14 +166,21 @@ def make_plan(
     return plan
 
 
-def _load(datasets: Sequence[DatasetSection], which: str, base: Path, seed: int, progress: Progress) -> list[Corpus]:
+def _load(
+    datasets: Sequence[DatasetSection],
+    which: str,
+    directory: Callable[[KeyPath], Path],
+    seed: int,
+    progress: Progress,
+) -> list[Corpus]:
     """All data sets of one list of the recipe, or one error for all that are wrong."""
     corpora: list[Corpus] = []
     problems: list[Problem] = []
     for index, (dataset, name) in enumerate(zip(datasets, dataset_names(datasets), strict=True)):
         progress(f"reading {name}", index, len(datasets))
         try:
-            corpora.append(load_corpus(dataset, name, base=base, key=("data", which, index), seed=seed))
+            key = ("data", which, index)
+            corpora.append(load_corpus(dataset, name, base=directory((*key, "path")), key=key, seed=seed))
         except UserError as error:
             problems += error.problems
     if problems:

@@ -33,7 +33,7 @@ def read_rows(dataset: DatasetSection, *, base: Path, key: KeyPath) -> list[Row]
         StorageError: a file cannot be opened.
     """
     files = _local_files(dataset, base, key)
-    records = _read_hub(dataset, key) if files is None else _read_files(files)
+    records = _read_hub(dataset, base, key) if files is None else _read_files(files)
     if not records:
         raise UserError(f"{dataset.path} has no rows", how="name a data set that has some", key=(*key, "path"))
     return [Row(index, fields, where) for index, (where, fields) in enumerate(records)]
@@ -85,7 +85,7 @@ def _local_files(dataset: DatasetSection, base: Path, key: KeyPath) -> list[Path
         if not files:
             raise UserError(f"no file matches {text}", how=f"correct the pattern; it starts from {base}", key=key)
     elif _looks_local(text):
-        raise UserError(f"no such file: {text}", how=_similar(path, text), key=key)
+        raise UserError(f"no such file: {path.absolute()}", how=_similar(path, text), key=key)
     elif _HUB_ID.fullmatch(text):
         return None
     else:
@@ -145,7 +145,7 @@ def _similar(path: Path, text: str) -> str:
 # ---------------------------------------------------------------------------------------------------- the hub
 
 
-def _read_hub(dataset: DatasetSection, key: KeyPath) -> list[tuple[str, dict[str, Any]]]:
+def _read_hub(dataset: DatasetSection, base: Path, key: KeyPath) -> list[tuple[str, dict[str, Any]]]:
     import datasets
 
     name = dataset.path.removeprefix(HUB_PREFIX).removeprefix("datasets/")
@@ -153,16 +153,16 @@ def _read_hub(dataset: DatasetSection, key: KeyPath) -> list[tuple[str, dict[str
         loaded = datasets.load_dataset(name, name=dataset.subset, split=dataset.split, revision=dataset.revision)
         rows = [drop_struct_nulls(row) for row in loaded]
     except Exception as error:  # the library, the network and foreign files fail in too many ways to list
-        raise _hub_error(error, name, dataset, (*key, "path")) from error
+        raise _hub_error(error, name, dataset, base, (*key, "path")) from error
     return [(f"{name} row {index}", row) for index, row in enumerate(rows)]
 
 
-def _hub_error(error: Exception, name: str, dataset: DatasetSection, key: KeyPath) -> FtkitError:
+def _hub_error(error: Exception, name: str, dataset: DatasetSection, base: Path, key: KeyPath) -> FtkitError:
     """One line and the right exit code for what `datasets.load_dataset` raised."""
     from datasets.exceptions import DatasetNotFoundError
 
     text = shorten(error, width=200)
-    no_path = "" if dataset.path.startswith(HUB_PREFIX) else "no such path, and "
+    no_path = "" if dataset.path.startswith(HUB_PREFIX) else f"there is no {(base / name).absolute()}, and "
     if isinstance(error, DatasetNotFoundError) and "gated" in text:
         how = f"ask for access at https://huggingface.co/datasets/{name} and set HF_TOKEN"
         return UserError(f"{name} is gated and this account has no access", how=how, key=key)

@@ -52,6 +52,10 @@ BAD_TOKEN = "Invalid credentials in Authorization header"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+class UnknownModelError(UserError):
+    """The name is no model's on the hub, or in its cache where the network is off."""
+
+
 def resolve_commit(repo_id: str, revision: str | None, *, offline: bool) -> str:
     """The commit that `revision` (None: the default branch) names, after checking that the model can be had.
 
@@ -150,7 +154,7 @@ def _translate(error: BaseException, repo_id: str, revision: str | None) -> Ftki
         # "Not on this disk": because of what the network said, or because the network is off.
         if error.__cause__ is not None and not isinstance(error.__cause__, OfflineModeIsEnabled):
             return _translate(error.__cause__, repo_id, revision)
-        return UserError(
+        return UnknownModelError(
             f"{repo_id}{_at(revision)} is not (wholly) in the cache, and the network is off",
             how="download it once without --offline and HF_HUB_OFFLINE, or name a local directory",
             key=BASE_KEY,
@@ -160,10 +164,8 @@ def _translate(error: BaseException, repo_id: str, revision: str | None) -> Ftki
     if isinstance(error, EntryNotFoundError):
         return UserError(f"{repo_id}{_at(revision)} lacks a file", how="choose another revision", key=BASE_KEY)
     if isinstance(error, HFValidationError):
-        return UserError(
-            f"{repo_id!r} is neither a path that exists nor a hub id (ORGANISATION/NAME)",
-            how="check the spelling",
-            key=BASE_KEY,
+        return UnknownModelError(
+            f"{repo_id!r} is no hub id (ORGANISATION/NAME)", how="check the spelling", key=BASE_KEY
         )
     if isinstance(error, AnyHttpError | ConnectionError | TimeoutError):
         return NetworkError(
@@ -197,7 +199,7 @@ def _translate_status(error: HfHubHTTPError, repo_id: str, revision: str | None)
             how = "check the spelling, set HF_TOKEN if it is private, or name a local directory (./NAME)"
         else:
             how = "check the spelling and what your token may read, or name a local directory (./NAME)"
-        return UserError(f"there is no model {repo_id} on the hub, and no such path", how=how, key=BASE_KEY)
+        return UnknownModelError(f"there is no model {repo_id} on the hub", how=how, key=BASE_KEY)
     if status == 403:
         return UserError(f"your token may not read {repo_id}", how="give the token read access, or use another one")
     if status == 429 or status >= 500:

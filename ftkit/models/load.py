@@ -5,7 +5,7 @@ model are downloaded when `load_weights` or `fingerprint` first need them.
 """
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from ftkit.errors import UserError
-from ftkit.models.files import CONFIG_NAME, check_model_directory, hash_files, read_json, weight_files
+from ftkit.models.files import CONFIG_NAME, check_model_directory, read_json, weight_files
 from ftkit.models.gguf import convert_gguf
-from ftkit.models.hub import BASE_KEY, REVISION_KEY, fetch, resolve_commit
+from ftkit.models.hashes import hash_once
+from ftkit.models.hub import BASE_KEY, REVISION_KEY, UnknownModelError, fetch, resolve_commit
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.schema import ModelSection
 
@@ -71,7 +72,13 @@ def find_base(
         if not base_model.startswith(HUB_PREFIX) and _looks_like_path(base_model):
             raise UserError(f"no such model: {path}", how=_similar(path), key=BASE_KEY)
         repo_id = base_model.removeprefix(HUB_PREFIX)
-        revision = resolve_commit(repo_id, section.revision, offline=offline)
+        try:
+            revision = resolve_commit(repo_id, section.revision, offline=offline)
+        except UnknownModelError as error:
+            if base_model.startswith(HUB_PREFIX):
+                raise
+            nor_a_path = (replace(p, what=f"{p.what}, and there is no {path}") for p in error.problems)
+            raise UnknownModelError.of(nor_a_path) from None
         return BaseModel(
             base_model, repo_id=repo_id, revision=revision, offline=offline, trust_remote_code=trust_remote_code
         )
@@ -181,12 +188,15 @@ def load_weights(base: BaseModel, *, dtype: torch.dtype, attn_implementation: st
     return model
 
 
-def fingerprint(base: BaseModel) -> str:
+def fingerprint(base: BaseModel, *, remembered: bool = False) -> str:
     """ "sha256:HEX" over the bytes of the weight files in the order of their names, wherever they lie.
 
     A hub model's is that of its commit; the same files in a directory have the same fingerprint.
+
+    Args:
+        remembered: a large model that does not look changed since it was hashed is not read again.
     """
-    return hash_files(weight_files(local_directory(base, weights=True), key=BASE_KEY))
+    return hash_once(weight_files(local_directory(base, weights=True), key=BASE_KEY), remembered=remembered)
 
 
 def choose_compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:

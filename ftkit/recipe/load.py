@@ -15,7 +15,7 @@ from ftkit.recipe import shape
 from ftkit.recipe.checks import check
 from ftkit.recipe.marked_yaml import read_yaml
 from ftkit.recipe.names import convert_values, move_aliases
-from ftkit.recipe.overrides import apply_overrides
+from ftkit.recipe.overrides import WHERE, apply_overrides
 from ftkit.recipe.problems import validate
 from ftkit.recipe.scalars import is_text
 from ftkit.recipe.schema import DatasetSection, Recipe, Section
@@ -33,6 +33,13 @@ class LoadedRecipe:
     """The recipe's file."""
     marks: dict[KeyPath, str]
     """Key path -> `recipe.yaml:12`, or `command line`; keys with default values have none."""
+
+    def directory(self, key: KeyPath) -> Path:
+        """Where a relative input path at `key` starts: the recipe's directory, or for the command line the working one.
+
+        Not `Path.resolve`: a recipe reached by a symbolic link is relative to the link, as for everyone who reads it.
+        """
+        return Path.cwd() if _mark(key, self.marks) == WHERE else self.path.absolute().parent
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -69,25 +76,22 @@ def resolve(loaded: LoadedRecipe) -> Recipe:
     Input paths that exist become absolute; hub ids stay. In `output_dir` `{name}` is filled in and `{n}` left open; a
     name without a placeholder that makes it unique gets `-{n}`.
     """
-    # Not `Path.resolve`: a recipe reached by a symbolic link is relative to the link, as for everyone who reads it.
-    recipe, base = loaded.recipe, loaded.path.absolute().parent
+    recipe = loaded.recipe
 
-    def absolute(dataset: DatasetSection) -> DatasetSection:
-        return dataset.model_copy(update={"path": _absolute_input(dataset.path, base)})
+    def absolute(kind: str, datasets: Sequence[DatasetSection]) -> tuple[DatasetSection, ...]:
+        bases = [loaded.directory(("data", kind, index, "path")) for index in range(len(datasets))]
+        paths = [_absolute_input(dataset.path, base) for dataset, base in zip(datasets, bases, strict=True)]
+        return tuple(d.model_copy(update={"path": path}) for d, path in zip(datasets, paths, strict=True))
 
     template = recipe.model.chat_template
+    if template is not None:
+        template = _absolute_input(template, loaded.directory(("model", "chat_template")), patterns=False)
+    data = {"train": absolute("train", recipe.data.train), "eval": absolute("eval", recipe.data.eval)}
     return recipe.model_copy(
         update={
-            "base_model": _absolute_input(recipe.base_model, base),
-            "model": recipe.model.model_copy(
-                update={"chat_template": template and _absolute_input(template, base, patterns=False)}
-            ),
-            "data": recipe.data.model_copy(
-                update={
-                    "train": tuple(absolute(dataset) for dataset in recipe.data.train),
-                    "eval": tuple(absolute(dataset) for dataset in recipe.data.eval),
-                }
-            ),
+            "base_model": _absolute_input(recipe.base_model, loaded.directory(("base_model",))),
+            "model": recipe.model.model_copy(update={"chat_template": template}),
+            "data": recipe.data.model_copy(update=data),
             "output_dir": _resolved_output(recipe.output_dir, loaded.path.stem),
         }
     )
@@ -141,9 +145,13 @@ def _without_empty_sections(value: Any, path: KeyPath = ()) -> Any:
 def _located(problem: Problem, marks: dict[KeyPath, str], path: Path) -> Problem:
     if problem.where is not None:
         return problem
-    places = (marks.get(problem.key[:length]) for length in range(len(problem.key), 0, -1))
-    place = next((place for place in places if place), str(path))
-    return replace(problem, where=f"{place}: {dotted(problem.key)}")
+    return replace(problem, where=f"{_mark(problem.key, marks) or path}: {dotted(problem.key)}")
+
+
+def _mark(key: KeyPath, marks: dict[KeyPath, str]) -> str | None:
+    """Where `key`, or the nearest section or list around it, was written; None where a default is meant."""
+    places = (marks.get(key[:length]) for length in range(len(key), 0, -1))
+    return next((place for place in places if place), None)
 
 
 def _line(problem: Problem) -> tuple[int, int]:

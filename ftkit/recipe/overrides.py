@@ -1,4 +1,7 @@
-"""`key=value` on the command line, e.g. `training.learning_rate=1e-4` or `data.train.0.max_samples=100`."""
+"""`key=value` on the command line, e.g. `training.learning_rate=1e-4` or `data.train.0.max_samples=100`.
+
+Relative paths in it start from the working directory: see `LoadedRecipe.directory`.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -11,15 +11,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from ftkit.console import Console, human_bytes, human_count
 from ftkit.distributed import World
 from ftkit.methods.base import Method, Report, report
-from ftkit.methods.files import BaseIdentity
+from ftkit.methods.files import BaseIdentity, check_base, identify
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import describe
 from ftkit.models.isolation import Isolation, choose_packing
-from ftkit.models.load import choose_compute_dtype, fingerprint, load_weights
+from ftkit.models.load import choose_compute_dtype, load_weights
 from ftkit.models.objective import Objective
 from ftkit.models.precision import compute_in
 from ftkit.recipe.schema import Recipe
-from ftkit.runs import MetricsFile
+from ftkit.runs import MetricsFile, recorded_base
 from ftkit.training.checkpoint import Checkpoint, load_optimizer, load_random
 from ftkit.training.loop import Loop
 from ftkit.training.optim import make_optimizer
@@ -76,7 +76,8 @@ def build(
     """Load the base, apply the method, prove isolation, wrap for the processes at hand and restore the state.
 
     Raises:
-        UserError: targets that match nothing, packing required but not possible, a base that cannot be loaded.
+        UserError: targets that match nothing, packing required but not possible, a base that cannot be loaded, or whose
+            weights are not those that the checkpoint was trained on.
     """
     recipe, plan = prepared.recipe, prepared.plan
     method = METHODS[recipe.method.type]
@@ -86,6 +87,9 @@ def build(
     isolation = choose_packing(prepared.config, packing=recipe.data.packing, requested=recipe.model.attn_implementation)
 
     # 2. Weights and what trains of them. Every rank draws dropout of its own.
+    identity = identify(prepared.base)
+    if checkpoint is not None and (trained_on := recorded_base(run)) is not None:
+        check_base(checkpoint.path, trained_on, identity)
     model = _model_with_method(prepared, method, compute_dtype, isolation, checkpoint)
     torch.manual_seed(recipe.seed + world.rank)
     counts = report(model)
@@ -111,7 +115,6 @@ def build(
     state = LoopState.fresh(len(plan.dataset_names))
     if checkpoint is not None:
         state = _restore(checkpoint, optimizer, parameters, world)
-    identity = _identity(prepared)
     save = Saver(prepared, world, console, metrics, run, method, model, identity, optimizer, parameters)
 
     loop = Loop(
@@ -150,12 +153,6 @@ def _model_with_method(
     else:
         method.load(model, checkpoint.path / result_name(method))
     return model
-
-
-def _identity(prepared: Prepared) -> BaseIdentity:
-    """What an adapter's file says about the base that it belongs to."""
-    base = prepared.base
-    return BaseIdentity(str(base.path or base.repo_id), base.revision, fingerprint(base))
 
 
 def _set_for_training(model: PreTrainedModel, recipe: Recipe, *, compute_in_dtype: torch.dtype | None) -> None:

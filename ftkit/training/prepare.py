@@ -61,15 +61,20 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
     Raises:
         FtkitError: the base cannot be had (before any data is read), the data is bad or empty, the template is refused.
     """
-    recipe, directory = loaded.recipe, loaded.path.parent
+    recipe = loaded.recipe
     base = find_base(
-        recipe.base_model, recipe.model, base=directory, offline=offline, trust_remote_code=trust_remote_code
+        recipe.base_model,
+        recipe.model,
+        base=loaded.directory(("base_model",)),
+        offline=offline,
+        trust_remote_code=trust_remote_code,
     )
     config, tokenizer = load_config(base), load_tokenizer(base)
-    template = chat_template_for(tokenizer, recipe.model, directory, recipe.data.chat_template_kwargs)
+    template_directory = loaded.directory(("model", "chat_template"))
+    template = chat_template_for(tokenizer, recipe.model, template_directory, recipe.data.chat_template_kwargs)
     encoder = make_encoder(tokenizer, template, recipe.data)
     with console.progress("preparing data", total=1) as bar:
-        plan = make_plan(recipe, encoder, base=directory, progress=bar.show)
+        plan = make_plan(recipe, encoder, directory=loaded.directory, progress=bar.show)
     _check_metric(recipe, plan)
     return Prepared(recipe, base, config, tokenizer, template, plan)
 

@@ -63,7 +63,7 @@ class Saver:
             ),
             optimizer=moments,
             random=random,
-            state=state.to_json() | {"plan": self.prepared.plan.fingerprint},
+            state=state.to_json() | {"plan": self.prepared.plan.fingerprint_until(state.step)},
         )
         best = directory / f"step-{state.best_step:08d}" if state.best_step is not None else None
         rotate(directory, keep=self.prepared.recipe.training.save_total_limit, best=best)

@@ -33,7 +33,7 @@ PYTHON
 fi
 
 step "Fine-tuning with LoRA: ftkit train recipes/quickstart/recipe.yaml"
-ftkit train "$here/recipe.yaml" base_model="$(realpath "$model")" output_dir="$run" "$@" --overwrite
+ftkit train "$here/recipe.yaml" base_model="$model" output_dir="$run" "$@" --overwrite
 
 step "Folding the adapter into the base weights: ftkit merge $run"
 ftkit merge "$run" --overwrite

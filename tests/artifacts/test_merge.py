@@ -348,7 +348,7 @@ def test_a_second_failure_keeps_the_first(tmp_path: Path) -> None:
 def test_another_base_is_refused_with_both_identities(tmp_path: Path) -> None:
     pair = write_pair(tmp_path)
     other = write_pair(tmp_path / "other", seed=5)
-    with pytest.raises(UserError, match=r"trained on .*base \(sha256:\w+\), and .*other.* has other weights \(sha256:"):
+    with pytest.raises(UserError, match=r"trained on .*base \(sha256:\w+\), and the weights of .*other.* \(sha256:"):
         merge(replace(pair.target, model=other.base), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -364,7 +364,7 @@ def test_built_in_templates(name: str) -> None:
         ("chatml", "needs tokens that the tokenizer lacks: <|im_start|>, <|im_end|>"),
         (
             "nothing.jinja",
-            "no such file or built-in template: nothing.jinja; give a Jinja file or one of chatml, plain",
+            "/nothing.jinja, and no built-in template nothing.jinja; give a Jinja file or one of chatml, plain",
         ),
         ("latin.jinja", "cannot read"),
     ],

@@ -74,7 +74,7 @@ def recipe(
 
 
 def plan_of(base: Path, recipe: Recipe, encoder: ByteEncoder | None = None) -> Plan:
-    return make_plan(recipe, cast(Encoder, encoder or ByteEncoder()), base=base)
+    return make_plan(recipe, cast(Encoder, encoder or ByteEncoder()), directory=lambda key: base)
 
 
 def texts_of(plan: Plan, steps: Sequence[int] | None = None) -> list[str]:
@@ -328,7 +328,12 @@ def test_micro_batches_hold_the_global_batch(tmp_path: Path, world_size: int, pa
 def test_progress_is_told(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", ["x", "y", "z"])
     told: list[tuple[str, int, int]] = []
-    make_plan(recipe([a]), cast(Encoder, ByteEncoder()), base=tmp_path, progress=lambda *call: told.append(call))
+    make_plan(
+        recipe([a]),
+        cast(Encoder, ByteEncoder()),
+        directory=lambda key: tmp_path,
+        progress=lambda *call: told.append(call),
+    )
     assert told == [("reading a", 0, 1), *(("encoding a", done, 3) for done in range(3))]
 
 
@@ -348,7 +353,7 @@ def test_with_the_real_encoder(tmp_path: Path) -> None:
     template = chat_template_for(tokenizer, ModelSection(), tmp_path, {})
     encoder = Encoder(tokenizer, template, max_length=64, turns="auto", train_on="assistant")
     sections = [DatasetSection(path=path) for path in ("chats.json", "books.jsonl", "alpaca.json")]
-    plan = make_plan(recipe(sections, val_size=4), encoder, base=tmp_path)
+    plan = make_plan(recipe(sections, val_size=4), encoder, directory=lambda key: tmp_path)
     chats_counts, books_counts, alpaca_counts = plan.counts
     assert chats_counts.rows_used + len(plan.validation_rows["chats"]) == 20
     assert (books_counts.rows_used, books_counts.examples, [*chain(*books_counts.dropped.values())]) == (1, 3, [1])

@@ -385,6 +385,41 @@ method: {type: full}
     assert resolve(load(recipes, BASE + "model: {chat_template: chatml}\n")).model.chat_template == "chatml"
 
 
+def test_paths_on_the_command_line_start_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, here = tmp_path / "recipes", tmp_path / "here"
+    for directory in (recipes, here):
+        (directory / "data").mkdir(parents=True)
+        for name in ("a.jsonl", "data/b.json", "data/c.json", "chat.jinja", "org"):
+            (directory / name).touch()
+    (here / "m").mkdir()
+    (recipes / "beside").mkdir()
+    monkeypatch.chdir(here)
+    text = BASE.replace("train.jsonl", "a.jsonl")
+
+    def resolved(*overrides: str) -> Recipe:
+        return resolve(load(recipes, text, *overrides))
+
+    recipe = resolved("base_model=./m", "data.train.1.path=a.jsonl", "model.chat_template=chat.jinja")
+    assert recipe.base_model == str(here / "m")
+    assert recipe.model.chat_template == str(here / "chat.jinja")
+    # What the file says still starts from the file, also where another key of the same data set is overridden.
+    assert [dataset.path for dataset in recipe.data.train] == [str(recipes / "a.jsonl"), str(here / "a.jsonl")]
+    assert resolved("data.train.0.max_samples=3").data.train[0].path == str(recipes / "a.jsonl")
+    # A whole list, a whole section, another tool's name.
+    lists = resolved("data.train=[{path: a.jsonl}, {path: 'data/*.json'}]", "data.eval=[{path: data}]").data
+    assert [dataset.path for dataset in lists.train] == [str(here / "a.jsonl"), str(here / "data/*.json")]
+    assert lists.eval[0].path == str(here / "data")
+    assert resolved("data={train: [{path: a.jsonl}]}").data.train[0].path == str(here / "a.jsonl")
+    assert resolved("model={chat_template: chat.jinja}").model.chat_template == str(here / "chat.jinja")
+    assert resolved("model_name_or_path=m").base_model == str(here / "m")
+    # Hub ids and built-in names stay what they are, whatever lies beside the recipe.
+    assert resolved("base_model=beside").base_model == "beside"
+    assert resolved("base_model=org/name", "data.train.0.path=org/data").data.train[0].path == "org/data"
+    assert resolved("model.chat_template=chatml").model.chat_template == "chatml"
+
+
 @pytest.mark.parametrize(
     ("written", "resolved"),
     [
