@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ftkit.errors import UserError
+from ftkit.lock import refuse_if_locked
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
 from ftkit.recipe.load import load_recipe, resolve
@@ -63,7 +64,7 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
     `overwrite` says so.
 
     Raises:
-        UserError: the directory holds a run, or something else.
+        UserError: the directory holds a run, or something else; another process is writing to it.
     """
     text = _fill(pattern, name=name, method=method)
     if "{n}" in text:
@@ -87,6 +88,7 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
                 how="go on with --resume, move it aside with --overwrite, or choose another output_dir "
                 "(runs/{name}-{n} is always free)",
             )
+        refuse_if_locked(path / LOG)
         move_aside(path)
     path.mkdir(parents=True, exist_ok=True)
     return path

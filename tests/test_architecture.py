@@ -22,6 +22,7 @@ LAYERS = (
     "data",
     "models",
     "methods",
+    "lock",
     "runs",
     "evaluation",
     "training",

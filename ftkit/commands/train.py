@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING
 
 from ftkit.console import Console, human_count, human_seconds
 from ftkit.errors import FtkitError, UserError
-from ftkit.launch import LaunchPlan, launched_by_another, read_launch_config, run_processes, visible_gpus
+from ftkit.launch import (
+    LaunchPlan,
+    end_with_parent,
+    launched_by_another,
+    read_launch_config,
+    run_processes,
+    visible_gpus,
+)
 from ftkit.recipe.load import LoadedRecipe, dump_recipe, load_recipe, resolve
 
 if TYPE_CHECKING:
     from ftkit.distributed import World
+    from ftkit.lock import RunLock
     from ftkit.runs import MetricsFile
     from ftkit.training.build import Built
     from ftkit.training.checkpoint import Checkpoint
@@ -49,6 +57,7 @@ def train(
 
         plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
         return
+    end_with_parent()
     options = Options(resume, checkpoint, overwrite, offline, trust_remote_code)
     if options.overwrite and (options.resume or options.checkpoint):
         raise UserError("--overwrite starts anew and --resume goes on", how="choose one of them")
@@ -89,6 +98,7 @@ def _arguments(recipe: Path, overrides: list[str], options: Options) -> list[str
 def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     """Train in this process, one of `World.size`."""
     from ftkit.distributed import World
+    from ftkit.lock import RunLock
     from ftkit.training.prepare import prepare
 
     console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
@@ -97,17 +107,20 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     prepared = prepare(loaded, console, offline=options.offline, trust_remote_code=options.trust_remote_code)
     prepared.print(console)
 
-    world = World()
+    world, lock = World(), RunLock()
     try:
-        _train_as(world, loaded, options, prepared, console)
+        _train_as(world, loaded, options, prepared, console, lock)
         # Nobody leaves while another still needs it.
         world.barrier()
     finally:
         console.close_log()
+        lock.release()
         world.close()
 
 
-def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console) -> None:
+def _train_as(
+    world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
+) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
     from ftkit.runs import LOG, METRICS, MetricsFile, discard_unstarted
     from ftkit.training.build import build
@@ -115,8 +128,15 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
 
     started = time.perf_counter()
 
-    # 2. The run's directory, and the checkpoint to go on from.
-    start: Start = world.on_main(lambda: _find_start(loaded, prepared, options, console))
+    # 2. The run's directory, which nobody else may write to from here on, and the checkpoint to go on from.
+    def enter() -> Start:
+        found = _find_start(loaded, prepared, options, console)
+        if not found.finished:
+            lock.take(found.run / LOG, console.warning)
+            _set_aside_later(found)
+        return found
+
+    start: Start = world.on_main(enter)
     if start.finished:
         console.line(f"{start.run} is finished already: nothing to do")
         return
@@ -167,8 +187,8 @@ class Start:
 
 def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, console: Console) -> Start:
     """A new directory, or the one to go on in."""
-    from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, RECIPE, agrees, move_aside, new_run_directory, newest_run_of
-    from ftkit.training.checkpoint import Checkpoint, newest_verified, read_checkpoint, set_aside_later
+    from ftkit.runs import CHECKPOINTS, RECIPE, agrees, new_run_directory, newest_run_of
+    from ftkit.training.checkpoint import Checkpoint, newest_verified, read_checkpoint
 
     recipe, name = prepared.recipe, loaded.path.stem
     checkpoint: Checkpoint | None = None
@@ -202,13 +222,21 @@ def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, co
             f"the recipe or its data is not the one that {checkpoint.path} was written with",
             how="train anew, without --resume and --from",
         )
-    set_aside_later(checkpoint)
-    for name in (ADAPTER, MODEL):
-        # The result of a finished run that goes on from an earlier checkpoint: kept, and no longer the result.
-        if (run / name).is_dir():
-            move_aside(run / name)
     console.line(f"going on with {run} after step {checkpoint.step}")
     return Start(run, checkpoint)
+
+
+def _set_aside_later(start: Start) -> None:
+    """What the run wrote after the checkpoint that it goes on from: kept, and no longer part of it."""
+    from ftkit.runs import ADAPTER, MODEL, move_aside
+    from ftkit.training.checkpoint import set_aside_later
+
+    if start.checkpoint is None:
+        return
+    set_aside_later(start.checkpoint)
+    for name in (ADAPTER, MODEL):
+        if (start.run / name).is_dir():
+            move_aside(start.run / name)
 
 
 def _finished(run: Path) -> bool:

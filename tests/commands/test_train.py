@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ftkit.commands.train import train
 from ftkit.errors import NonFiniteError, UserError
+from ftkit.lock import RunLock
 from ftkit.recipe.load import load_recipe
 from tests.tiny_runs import METHODS, cli_command, cli_environment, losses, read_metrics, run_cli, write_recipe
 
@@ -131,6 +132,24 @@ def test_from_a_checkpoint_the_later_ones_are_set_aside(tiny):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "step-00000003", "step-00000006", "step-00000006.old-1",
     }  # fmt: skip
+
+
+def test_a_run_that_another_process_trains_is_refused_and_untouched(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    run = runs / "recipe-1"
+    (run / "adapter").rename(run / "gone")
+    other, before = RunLock(), {path for path in run.rglob("*")}
+    other.take(run / "train.log", pytest.fail)
+    for options in ({"resume": True}, {"checkpoint": run / "checkpoints" / "step-00000003"}):
+        with pytest.raises(UserError, match="recipe-1 is being trained by another process"):
+            train(recipe, [], **options)
+        assert {path for path in run.rglob("*")} == before
+    other.release()
+    train(recipe, [], resume=True)
+    assert sha(weights(run, "lora")) == sha(run / "gone" / "adapter_model.safetensors")
+    # An ended run holds no lock.
+    train(recipe, [], checkpoint=run / "checkpoints" / "step-00000003")
 
 
 def test_from_refuses_another_recipe_and_a_checkpoint_outside_a_run(tiny):
