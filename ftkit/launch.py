@@ -44,7 +44,7 @@ class LaunchPlan:
 
 
 def launched_by_another() -> bool:
-    """Whether torchrun or `accelerate launch` started this process as one of several."""
+    """Whether torchrun, `accelerate launch` or srun (see slurm.py) started this process as one of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

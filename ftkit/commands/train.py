@@ -17,6 +17,7 @@ from ftkit.launch import (
     visible_gpus,
 )
 from ftkit.recipe.load import LoadedRecipe, dump_recipe, load_recipe, resolve
+from ftkit.slurm import step_environment
 
 if TYPE_CHECKING:
     from ftkit.distributed import World
@@ -58,6 +59,7 @@ def train(
         plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
         return
     end_with_parent()
+    os.environ.update(step_environment(os.environ))
     options = Options(resume, checkpoint, overwrite, offline, trust_remote_code)
     if options.overwrite and (options.resume or options.checkpoint):
         raise UserError("--overwrite starts anew and --resume goes on", how="choose one of them")

@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import time
@@ -98,3 +99,31 @@ def test_a_second_writer_is_refused_and_the_ranks_end_with_their_parent(tmp_path
     # Their standard output is that of the parent, and closes when the last of them ends.
     process.communicate(timeout=20)
     wait_until_ended([rank.pid for rank in ranks])
+
+
+@pytest.mark.slow
+def test_tasks_of_an_srun_step_are_the_processes_of_one_run(tmp_path):
+    recipe = write_recipe(tmp_path)
+    assert run_cli("train", recipe, "--num-processes", "2", cwd=tmp_path).returncode == 0
+    step = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    tasks = []
+    for rank in ("0", "1"):
+        environment = cli_environment() | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+        tasks.append(
+            subprocess.Popen(
+                cli_command("train", recipe),
+                cwd=tmp_path,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert ", 2 processes, " in outputs[0][0]
+    assert outputs[1] == ("", "")
+    first, second = tmp_path / "runs" / "recipe-1", tmp_path / "runs" / "recipe-2"
+    assert sha(weights(second, "lora")) == sha(weights(first, "lora"))
+    assert not (tmp_path / "runs" / "recipe-3").exists()
