@@ -280,6 +280,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny, overrides, message):
     assert not runs.exists() or not list(runs.iterdir())
 
 
+def test_shards_of_one_process_are_worth_a_note(tiny, capsys):
+    recipe, _ = tiny
+    train(recipe, ["training.parallel=ddp"])
+    assert "fsdp" not in capsys.readouterr().out
+    train(recipe, ["training.parallel=fsdp"])
+    assert "\nnote       training.parallel: fsdp shards over several processes" in capsys.readouterr().out
+
+
 def test_a_full_model_is_stored_in_the_precision_of_its_base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path, method="full")
