@@ -81,7 +81,10 @@ def main() -> int:
     """Print the table; returns the exit code."""
     recipe, overrides = Path(sys.argv[1]), sys.argv[2:]
     max_length = load_recipe(recipe, overrides).recipe.data.max_length
-    curves = {variant: curve(recipe, overrides, variant) for variant in variants(max_length)}
+    curves = {}
+    for variant in variants(max_length):
+        print(variant, file=sys.stderr, flush=True)
+        curves[variant] = curve(recipe, overrides, variant)
     largest = largest_difference([*curves.values()])
     print(table(curves))
     print(f"largest difference {largest:.1e}, allowed are {TOLERANCE:.0e}")
