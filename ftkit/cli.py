@@ -8,6 +8,7 @@ traceback means a bug.
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import metadata
@@ -243,9 +244,14 @@ def schema() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except Exception:
+        # A bug. What Python does by itself, but here, so that one of several processes ends as below.
+        traceback.print_exc()
+        code = FtkitError.exit_code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of gloo outlive the process group and may abort the interpreter while it shuts down, after success.
+        # Threads of gloo outlive the process group and may abort the interpreter while it shuts down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

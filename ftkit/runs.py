@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from ftkit.errors import UserError
+from ftkit.lock import refuse_if_locked
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
@@ -78,7 +79,8 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
         The directory, and where the one that was in the way was moved to.
 
     Raises:
-        UserError: the directory holds a run, or something else; no directory can have this name.
+        UserError: the directory holds a run, or something else; another process is writing to it; no directory can have
+            this name.
     """
     text = _fill(pattern, name=name, method=method)
     try:
@@ -114,6 +116,7 @@ def _named(path: Path, *, overwrite: bool) -> tuple[Path, Path | None]:
                 how="go on with --resume, move it aside with --overwrite, or choose another output_dir "
                 "(runs/{name}-{n} is always free)",
             )
+        refuse_if_locked(path / LOG)
         aside = move_aside(path)
     path.mkdir(parents=True, exist_ok=True)
     return path, aside

@@ -5,9 +5,12 @@ import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from tests.tiny_models import save_tiny
@@ -75,6 +78,21 @@ def cli_environment() -> dict[str, str]:
     """This environment, with the package importable from anywhere and without a hub."""
     root = str(Path(__file__).parent.parent)
     return os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def wait_until_ended(pids: Iterable[int], *, seconds: float = 10) -> None:
+    """Until none of the processes runs; one that only its parent's look is missing to has ended."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    left, deadline = [*pids], time.monotonic() + seconds
+    while left := [pid for pid in left if runs(pid)]:
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.02)
 
 
 def read_metrics(run: Path, *, timing: bool = False) -> list[dict[str, Any]]:

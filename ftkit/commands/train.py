@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING
 
 from ftkit.console import Console, human_count, human_seconds
 from ftkit.errors import FtkitError, UserError
-from ftkit.launch import LaunchPlan, launched_by_another, read_launch_config, run_processes, visible_gpus
+from ftkit.launch import (
+    LaunchPlan,
+    end_with_parent,
+    launched_by_another,
+    read_launch_config,
+    run_processes,
+    visible_gpus,
+)
 from ftkit.recipe.load import LoadedRecipe, dump_recipe, load_recipe, resolve
+from ftkit.slurm import step_environment
 
 if TYPE_CHECKING:
     from ftkit.distributed import World
+    from ftkit.lock import RunLock
     from ftkit.runs import MetricsFile
     from ftkit.training.build import Built
     from ftkit.training.prepare import Prepared
@@ -48,6 +57,8 @@ def train(
 
         plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
         return
+    end_with_parent()
+    os.environ.update(step_environment(os.environ))
     options = Options(resume, checkpoint, overwrite, offline, trust_remote_code)
     if options.overwrite and (options.resume or options.checkpoint):
         raise UserError("--overwrite starts anew and --resume goes on", how="choose one of them")
@@ -88,6 +99,7 @@ def _arguments(recipe: Path, overrides: list[str], options: Options) -> list[str
 def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     """Train in this process, one of `World.size`."""
     from ftkit.distributed import World
+    from ftkit.lock import RunLock
     from ftkit.training.prepare import prepare
 
     console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
@@ -96,17 +108,20 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     prepared = prepare(loaded, console, offline=options.offline, trust_remote_code=options.trust_remote_code)
     prepared.print(console)
 
-    world = World()
+    world, lock = World(), RunLock()
     try:
-        _train_as(world, loaded, options, prepared, console)
+        _train_as(world, loaded, options, prepared, console, lock)
         # Nobody leaves while another still needs it.
         world.barrier()
     finally:
         console.close_log()
+        lock.release()
         world.close()
 
 
-def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console) -> None:
+def _train_as(
+    world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
+) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
     from ftkit.runs import LOG, METRICS, MetricsFile
     from ftkit.training.build import build
@@ -115,9 +130,9 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
 
     started = time.perf_counter()
 
-    # 2. The run's directory, and the checkpoint to go on from.
-    start: Start = world.on_main(
-        lambda: find_start(
+    # 2. The run's directory, which nobody else may write to from here on, and the checkpoint to go on from.
+    def enter() -> Start:
+        found = find_start(
             loaded,
             prepared,
             console,
@@ -125,7 +140,11 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
             checkpoint=options.checkpoint,
             overwrite=options.overwrite,
         )
-    )
+        if not found.finished:
+            lock.take(found.run / LOG, console.warning)
+        return found
+
+    start: Start = world.on_main(enter)
     if start.finished:
         return
     console.open_log(start.run / LOG, rank=world.rank)

@@ -132,7 +132,8 @@ def build(
         save=save,
     )
     precision = _precision_in_words(counts, compute_dtype, reason)
-    return Built(loop, state, model, method, identity, isolation, counts, precision, objective.notes)
+    notes = (*objective.notes, *_notes_on_sharing(recipe, world))
+    return Built(loop, state, model, method, identity, isolation, counts, precision, notes)
 
 
 def _model_with_method(
@@ -189,6 +190,12 @@ def tokens_per_device(recipe: Recipe, device: torch.device) -> int:
     if asked == "auto":
         return max(recipe.data.max_length, TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU)
     return asked
+
+
+def _notes_on_sharing(recipe: Recipe, world: World) -> tuple[str, ...]:
+    if world.size == 1 and recipe.training.parallel == "fsdp":
+        return ("training.parallel: fsdp shards over several processes; this one holds everything itself",)
+    return ()
 
 
 def _precision_in_words(counts: Report, compute: torch.dtype, reason: str) -> str:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ftkit.commands.train import train
 from ftkit.errors import NonFiniteError, UserError
+from ftkit.lock import RunLock
 from ftkit.recipe.load import load_recipe
 from ftkit.training.optim import learning_rate
 from tests.tiny_models import CHATML, save_tiny
@@ -243,6 +244,24 @@ def test_what_fails_before_the_first_step_leaves_everything_as_it_was(tiny):
     assert {path for path in runs.rglob("*")} == names
 
 
+def test_a_run_that_another_process_trains_is_refused_and_untouched(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    run = runs / "recipe-1"
+    (run / "adapter").rename(run / "gone")
+    other, before = RunLock(), {path for path in run.rglob("*")}
+    other.take(run / "train.log", pytest.fail)
+    for options in ({"resume": True}, {"checkpoint": run / "checkpoints" / "step-00000003"}):
+        with pytest.raises(UserError, match="recipe-1 is being trained by another process"):
+            train(recipe, [], **options)
+        assert {path for path in run.rglob("*")} == before
+    other.release()
+    train(recipe, [], resume=True)
+    assert sha(weights(run, "lora")) == sha(run / "gone" / "adapter_model.safetensors")
+    # An ended run holds no lock.
+    train(recipe, [], checkpoint=run / "checkpoints" / "step-00000003")
+
+
 def test_from_refuses_another_recipe_and_a_checkpoint_outside_a_run(tiny):
     recipe, runs = tiny
     train(recipe, [])
@@ -379,6 +398,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny, overrides, message):
     assert result.stderr.startswith("ftkit: error: ")
     assert message in result.stderr
     assert not runs.exists() or not list(runs.iterdir())
+
+
+def test_shards_of_one_process_are_worth_a_note(tiny, capsys):
+    recipe, _ = tiny
+    train(recipe, ["training.parallel=ddp"])
+    assert "fsdp" not in capsys.readouterr().out
+    train(recipe, ["training.parallel=fsdp"])
+    assert "\nnote       training.parallel: fsdp shards over several processes" in capsys.readouterr().out
 
 
 def test_a_full_model_is_stored_in_the_precision_of_its_base(tmp_path, monkeypatch):
