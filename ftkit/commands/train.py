@@ -116,7 +116,7 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
     started = time.perf_counter()
 
     # 2. The run's directory, and the checkpoint to go on from.
-    start: Start = world.on_main(lambda: _find_start(loaded, prepared, options, console))
+    start: Start = world.on_main(lambda: _find_start(loaded, prepared, options, world, console))
     if start.finished:
         console.line(f"{start.run} is finished already: nothing to do")
         return
@@ -165,10 +165,12 @@ class Start:
     finished: bool = False
 
 
-def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, console: Console) -> Start:
+def _find_start(
+    loaded: LoadedRecipe, prepared: "Prepared", options: Options, world: "World", console: Console
+) -> Start:
     """A new directory, or the one to go on in."""
     from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, RECIPE, agrees, move_aside, new_run_directory, newest_run_of
-    from ftkit.training.checkpoint import Checkpoint, newest_verified, read_checkpoint, set_aside_later
+    from ftkit.training.checkpoint import Checkpoint, check_world, newest_verified, read_checkpoint, set_aside_later
 
     recipe, name = prepared.recipe, loaded.path.stem
     checkpoint: Checkpoint | None = None
@@ -202,6 +204,7 @@ def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, co
             f"the recipe or its data is not the one that {checkpoint.path} was written with",
             how="train anew, without --resume and --from",
         )
+    check_world(checkpoint, world)
     set_aside_later(checkpoint)
     for name in (ADAPTER, MODEL):
         # The result of a finished run that goes on from an earlier checkpoint: kept, and no longer the result.
@@ -221,14 +224,14 @@ def _write_records(
     loaded: LoadedRecipe, prepared: "Prepared", built: "Built", run: Path, metrics: "MetricsFile"
 ) -> None:
     """recipe.yaml, environment.json and validation.json; metrics.jsonl cut back to what the checkpoint had seen."""
-    from ftkit.runs import ENVIRONMENT, RECIPE, VALIDATION, describe_environment, write_json
+    from ftkit.runs import ENVIRONMENT, RECIPE, VALIDATION, describe_environment, write_json, write_whole
 
     metrics.truncate(built.state.metrics_lines)
     recipe = resolve(loaded)
     # A hub model is pinned, so that this file repeats the run after the branch has moved on.
     pinned = recipe.model.model_copy(update={"revision": prepared.base.revision})
     recipe = recipe.model_copy(update={"model": pinned})
-    (run / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    write_whole(run / RECIPE, dump_recipe(recipe))
     write_json(run / VALIDATION, prepared.plan.validation_rows)
     write_json(
         run / ENVIRONMENT,

@@ -22,6 +22,7 @@ from ftkit.recipe.schema import Recipe
 from ftkit.runs import CHECKPOINTS, MetricsFile
 from ftkit.training.checkpoint import (
     Checkpoint,
+    checkpoint_name,
     load_optimizer,
     load_random,
     optimizer_tensors,
@@ -152,7 +153,7 @@ def build(
             random=random,
             state=s.to_json() | {"plan": plan.fingerprint},
         )
-        best = directory / f"step-{s.best_step:08d}" if s.best_step is not None else None
+        best = directory / checkpoint_name(s.best_step) if s.best_step is not None else None
         rotate(directory, keep=recipe.training.save_total_limit, best=best)
         console.debug(f"checkpoint {path}")
 
