@@ -146,8 +146,9 @@ def storage_errors(what: str, *, how: str, where: str | None = None) -> Iterator
 def _disk_failure(error: Exception) -> str | None:
     """The reason in the system's words, or None where it is not the disk's fault."""
     if isinstance(error, shutil.Error):
-        # copytree goes on after an error and then reports all of them: (source, target, reason as text).
-        return str(error.args[0][0][2])
+        # copytree goes on after an error and then reports all of them: (source, target, error as text).
+        reason = str(error.args[0][0][2])
+        return by_system[1] if (by_system := re.match(r"\[Errno \d+\] ([^:]+)", reason)) else reason
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # safetensors has an error of its own for a full disk, tokenizers raises the base class itself.
