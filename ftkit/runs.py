@@ -207,14 +207,21 @@ class MetricsFile:
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` lines: what a checkpoint had seen. Steps after it will be logged again."""
         kept = self._path.read_bytes().splitlines(keepends=True)[:lines] if self._path.exists() else []
-        self._path.write_bytes(b"".join(kept))
+        with self._path.open("ab") as file:
+            # In place, which needs no space: a full disk cannot lose what is kept.
+            file.truncate(sum(map(len, kept)))
         self.lines = len(kept)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON, readable by people, through a temporary name so that no half file is ever seen."""
+    """Write JSON, readable by people, whole or not at all."""
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text through a temporary name, so that no half file is ever seen and a full disk keeps the old one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

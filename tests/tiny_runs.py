@@ -1,5 +1,6 @@
 """A whole run small enough for a test: a tiny model on disk, a few rows, a recipe."""
 
+import hashlib
 import json
 import os
 import random
@@ -62,10 +63,17 @@ def write_recipe(
     return path
 
 
-def run_cli(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`python -m ftkit ARGUMENTS` in a process of its own."""
+def run_cli(
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m ftkit ARGUMENTS` in a process of its own, with these variables besides."""
     return subprocess.run(
-        cli_command(*arguments), cwd=cwd, env=cli_environment(), capture_output=True, text=True, timeout=timeout
+        cli_command(*arguments),
+        cwd=cwd,
+        env=cli_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -99,6 +107,16 @@ def read_metrics(run: Path, *, timing: bool = False) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what differs from run to run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return lines if timing else [{k: v for k, v in line.items() if k != "timing"} for line in lines]
+
+
+def result_file(run: Path, method: str = "lora") -> Path:
+    """The file with a finished run's weights."""
+    return run / ("model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors")
+
+
+def result_hash(run: Path, method: str = "lora") -> str:
+    """SHA-256 of a finished run's weights."""
+    return hashlib.sha256(result_file(run, method).read_bytes()).hexdigest()
 
 
 def losses(run: Path) -> list[float]:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ftkit.data.chat import ChatTemplate
-from ftkit.errors import CheckFailedError, StorageError, UserError
-from ftkit.models.files import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, read_json
+from ftkit.errors import CheckFailedError, UserError
+from ftkit.models.files import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, read_json, storage_errors
 from ftkit.models.load import TOKENIZER_FILES, BaseModel, load_tokenizer, local_directory
 from ftkit.runs import Target, move_aside
 
@@ -37,28 +36,26 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     check_free(output, overwrite=overwrite)
     staging: Path | None = None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # mkdtemp keeps its directory to its owner; the one inside gets the user's usual permissions.
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-        content = staging / output.name
-        content.mkdir()
-        try:
-            yield content
-        except CheckFailedError as error:
-            rejected = output.with_name(f"{output.name}.rejected")
-            _make_way(rejected)
-            content.rename(rejected)
-            kept = [replace(problem, what=f"{problem.what} (kept as {rejected})") for problem in error.problems]
-            raise CheckFailedError.of(kept) from None
-        for path in content.iterdir():
-            if path.is_file():
-                # safetensors writes files that only their owner may read, whatever the umask.
-                path.chmod(content.stat().st_mode & 0o666)
-        _make_way(output)
-        content.rename(output)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        raise StorageError(f"cannot write {output}: {reason}", how="free space, or choose another --output") from error
+        with storage_errors(f"cannot write {output}", how="free space, or choose another --output"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # mkdtemp keeps its directory to its owner; the one inside gets the user's usual permissions.
+            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+            content = staging / output.name
+            content.mkdir()
+            try:
+                yield content
+            except CheckFailedError as error:
+                rejected = output.with_name(f"{output.name}.rejected")
+                _make_way(rejected)
+                content.rename(rejected)
+                kept = [replace(problem, what=f"{problem.what} (kept as {rejected})") for problem in error.problems]
+                raise CheckFailedError.of(kept) from None
+            for path in content.iterdir():
+                if path.is_file():
+                    # safetensors writes files that only their owner may read, whatever the umask.
+                    path.chmod(content.stat().st_mode & 0o666)
+            _make_way(output)
+            content.rename(output)
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)

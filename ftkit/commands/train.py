@@ -135,6 +135,7 @@ def _train_as(
         found = find_start(
             loaded,
             prepared,
+            world,
             console,
             resume=options.resume,
             checkpoint=options.checkpoint,
@@ -188,14 +189,14 @@ def _write_records(
     loaded: LoadedRecipe, prepared: "Prepared", built: "Built", run: Path, metrics: "MetricsFile"
 ) -> None:
     """recipe.yaml, environment.json and validation.json; metrics.jsonl cut back to what the checkpoint had seen."""
-    from ftkit.runs import BASE, ENVIRONMENT, RECIPE, STEPS, VALIDATION, describe_environment, write_json
+    from ftkit.runs import BASE, ENVIRONMENT, RECIPE, STEPS, VALIDATION, describe_environment, write_json, write_whole
 
     metrics.truncate(built.state.metrics_lines)
     recipe = resolve(loaded)
     # A hub model is pinned, so that this file repeats the run after the branch has moved on.
     pinned = recipe.model.model_copy(update={"revision": prepared.base.revision})
     recipe = recipe.model_copy(update={"model": pinned})
-    (run / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    write_whole(run / RECIPE, dump_recipe(recipe))
     write_json(run / VALIDATION, prepared.plan.validation_rows)
     write_json(
         run / ENVIRONMENT,

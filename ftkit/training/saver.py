@@ -13,7 +13,7 @@ from ftkit.distributed import World, whole
 from ftkit.methods.base import Method
 from ftkit.methods.files import BaseIdentity
 from ftkit.runs import CHECKPOINTS, MetricsFile
-from ftkit.training.checkpoint import optimizer_tensors, random_tensors, rotate, write_checkpoint
+from ftkit.training.checkpoint import checkpoint_name, optimizer_tensors, random_tensors, rotate, write_checkpoint
 from ftkit.training.prepare import Prepared
 from ftkit.training.result import write_weights
 from ftkit.training.state import LoopState
@@ -65,6 +65,6 @@ class Saver:
             random=random,
             state=state.to_json() | {"plan": self.prepared.plan.fingerprint_until(state.step)},
         )
-        best = directory / f"step-{state.best_step:08d}" if state.best_step is not None else None
+        best = directory / checkpoint_name(state.best_step) if state.best_step is not None else None
         rotate(directory, keep=self.prepared.recipe.training.save_total_limit, best=best)
         self.console.debug(f"checkpoint {path}")

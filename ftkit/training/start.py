@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.console import Console
+from ftkit.distributed import World
 from ftkit.errors import UserError
 from ftkit.recipe.load import LoadedRecipe, load_recipe, resolve
 from ftkit.recipe.schema import Recipe
@@ -18,7 +19,7 @@ from ftkit.runs import (
     planned_steps,
     set_aside_results,
 )
-from ftkit.training.checkpoint import Checkpoint, newest_verified, read_checkpoint, set_aside_later
+from ftkit.training.checkpoint import Checkpoint, check_world, newest_verified, read_checkpoint, set_aside_later
 from ftkit.training.prepare import Prepared
 from ftkit.training.state import LoopState
 
@@ -38,6 +39,7 @@ class Start:
 def find_start(
     loaded: LoadedRecipe,
     prepared: Prepared,
+    world: World,
     console: Console,
     *,
     resume: bool,
@@ -66,11 +68,11 @@ def find_start(
                 f"the recipe is not the one that {checkpoint} was written with, nor a longer run of it",
                 how=f"name {run / RECIPE}, or train anew without --from",
             )
-        return _after(found, run, prepared, console)
+        return _after(found, run, prepared, world, console)
     if resume:
         for run in find_runs(output_dir, name=name, method=method):
             if agrees(run, recipe, steps=steps):
-                return _go_on(run, prepared, console)
+                return _go_on(run, prepared, world, console)
         console.line("no run of this recipe to go on with: starting at step 0")
     run, replaced = new_run_directory(output_dir, name=name, method=method, overwrite=overwrite)
     return Start(run, replaced=replaced)
@@ -122,7 +124,7 @@ def _length(recipe: Recipe) -> tuple[str, int]:
     return ("epochs", epochs) if steps is None else ("steps", steps)
 
 
-def _go_on(run: Path, prepared: Prepared, console: Console) -> Start:
+def _go_on(run: Path, prepared: Prepared, world: World, console: Console) -> Start:
     """In `run`, from its newest whole checkpoint."""
     finished, before = has_result(run), planned_steps(run)
     if finished and (before is None or len(prepared.plan.steps) <= before):
@@ -138,10 +140,10 @@ def _go_on(run: Path, prepared: Prepared, console: Console) -> Start:
         if state.evaluations_without_gain >= patience:
             console.line(f"{run} stopped early after step {state.step}, as a longer run does: nothing to do")
             return Start(run, finished=True)
-    return _after(checkpoint, run, prepared, console)
+    return _after(checkpoint, run, prepared, world, console)
 
 
-def _after(checkpoint: Checkpoint, run: Path, prepared: Prepared, console: Console) -> Start:
+def _after(checkpoint: Checkpoint, run: Path, prepared: Prepared, world: World, console: Console) -> Start:
     plan, before = prepared.plan, planned_steps(run)
     # What the steps after it train on may differ, as it does in a longer run.
     if checkpoint.state["plan"] != plan.fingerprint_until(checkpoint.step):
@@ -149,6 +151,7 @@ def _after(checkpoint: Checkpoint, run: Path, prepared: Prepared, console: Conso
             f"the recipe or its data is not the one that {checkpoint.path} was written with",
             how="train anew, without --resume and --from",
         )
+    check_world(checkpoint, world)
     console.line(f"going on with {run} after step {checkpoint.step}")
     if before is not None and before != len(plan.steps):
         console.line(
