@@ -6,7 +6,7 @@ PYTHON ?= python3
 # TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU build.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# The recipe of `make bench`; it names a local model or one of the hub.
+# The recipe of `make bench` and `make curve`; it names a local model or one of the hub.
 RECIPE ?= recipes/lora.yaml
 # Arguments for pytest, e.g. `make test ARGS="tests/recipe -x"`.
 ARGS ?=
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart check lint format test test-all bench
+.PHONY: help install install-dev quickstart check lint format test test-all bench curve
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ test-all: install-dev  ## All tests
 
 bench: install-dev  ## Compare with peft, loss by loss: make bench RECIPE=recipes/lora.yaml
 	$(BIN)/python benchmarks/peft_parity.py $(RECIPE) $(ARGS)
+
+curve: install-dev  ## Is the loss the same however the batch is split? make curve RECIPE=recipes/lora.yaml
+	$(BIN)/python benchmarks/one_curve.py $(RECIPE) $(ARGS)
 
 # torch comes first and alone: the other packages' requirements would bring in whatever build PyPI prefers.
 $(VENV)/.torch:

@@ -1,15 +1,14 @@
-"""The `ftkit` command: arguments, help, and what every failure looks like.
+"""The `ftkit` command: arguments, help, exit code.
 
 Each verb calls one function of `ftkit/commands/`, imported when it runs, so that `--help` answers at once. Whatever a
 user can cause ends as `ftkit: error: [WHERE: ]WHAT; HOW TO MEND IT` on standard error and the exit code of its kind; a
 traceback means a bug.
 """
 
-import errno
 import os
-import re
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import metadata
@@ -19,33 +18,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from ftkit.errors import FtkitError, OutOfMemoryError, StorageError, UserError
-
-LATER_VERBS = {
-    "chat": "export the model with `ftkit export` and serve it with any tool",
-    "diff": "compare the runs' recipe.yaml files",
-    "doctor": "see environment.json in a run's directory",
-    "init": "start from one of the files in recipes/",
-    "inspect": "see adapter_config.json in the adapter's directory",
-    "preview": "use `ftkit plan RECIPE`, which counts rows, examples and tokens",
-    "verify": "resume with `ftkit train RECIPE --resume`, which takes verified checkpoints only",
-}
-"""Verbs of later versions -> what to do until then."""
-
-LATER_OPTIONS = {
-    "--proof": "leave it out; every merge is proven",
-    "--quantization": "leave it out",
-    "--smoke": "use --dry-run, or training.max_steps=2",
-}
-"""Options of later versions -> what to do until then."""
-
-TYPER_WORDS = {
-    "Input should be a valid integer, unable to parse string as an integer": "expected a whole number",
-    "Input should be greater than or equal to": "expected a number of at least",
-    "Got unexpected extra argument(s)": "Too many arguments:",
-}
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+from ftkit.errors import FtkitError, UserError
+from ftkit.failures import LATER_VERBS, interrupted, known_failure, usage_error
 
 
 class Verbs(TyperGroup):
@@ -270,9 +244,14 @@ def schema() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except Exception:
+        # A bug. What Python does by itself, but here, so that one of several processes ends as below.
+        traceback.print_exc()
+        code = FtkitError.exit_code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of gloo outlive the process group and may abort the interpreter while it shuts down, after success.
+        # Threads of gloo outlive the process group and may abort the interpreter while it shuts down.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -287,7 +266,7 @@ def run(arguments: Sequence[str]) -> int:
     except FtkitError as error:
         return _fail(error)
     except typer.TyperException as error:
-        return _fail(_usage_error(error, arguments))
+        return _fail(usage_error(error, arguments))
     except (KeyboardInterrupt, typer.Abort):
         code = 128 + signal.SIGINT
     except BrokenPipeError:
@@ -297,12 +276,12 @@ def run(arguments: Sequence[str]) -> int:
             raise
         return _reader_gone()
     except (OSError, MemoryError, RuntimeError) as error:
-        known = _known_failure(error)
+        known = known_failure(error, arguments)
         if known is None:
             raise
         return _fail(known)
     if code == 128 + signal.SIGINT:
-        return _fail(_interrupted())
+        return _fail(interrupted())
     return int(code or 0)
 
 
@@ -317,46 +296,6 @@ def _reader_gone() -> int:
     # A second attempt to flush at exit would print a traceback.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
-
-
-def _interrupted() -> FtkitError:
-    error = FtkitError("interrupted")
-    error.exit_code = 128 + signal.SIGINT
-    return error
-
-
-def _usage_error(error: typer.TyperException, arguments: Sequence[str]) -> UserError:
-    """Typer's own complaint about arguments, in our form."""
-    message = error.format_message()
-    verb = [argument for argument in arguments[:1] if not argument.startswith("-")]
-    help_command = f"see {' '.join(['ftkit', *verb, '--help'])}"
-    if unknown := re.match(r"No such option:? '?(--?[\w-]+)", message):
-        option = unknown[1]
-        if option in LATER_OPTIONS:
-            return UserError(f"the option {option} is not in this version", how=LATER_OPTIONS[option])
-        close = get_close_matches(option, re.findall(r"--[\w-]+", message[unknown.end() :]), n=1)
-        return UserError(f"there is no option {option}", how=f"did you mean {close[0]}?" if close else help_command)
-    for theirs, ours in TYPER_WORDS.items():
-        message = message.replace(theirs, ours)
-    message = message.rstrip(".").replace("'", "")
-    return UserError(message[:1].lower() + message[1:], how=help_command)
-
-
-def _known_failure(error: OSError | MemoryError | RuntimeError) -> FtkitError | None:
-    """What a full disk, a missing permission or too little memory means to a user; None for a bug."""
-    if isinstance(error, OSError):
-        if error.errno not in FULL | DENIED:
-            return None
-        where = str(error.filename) if error.filename is not None else None
-        how = "free some space" if error.errno in FULL else "check the permissions"
-        return StorageError((error.strerror or "cannot be written").lower(), how=how, where=where)
-    # torch raises its own class on a GPU and a RuntimeError on the CPU; importing it to ask would take seconds.
-    if isinstance(error, RuntimeError):
-        on_gpu, on_cpu = type(error).__name__ == "OutOfMemoryError", "can't allocate memory" in str(error)
-        if not on_gpu and not on_cpu:
-            return None
-    how = "lower training.max_tokens_per_device, or set training.gradient_checkpointing=true"
-    return OutOfMemoryError("out of memory", how=how)
 
 
 if __name__ == "__main__":

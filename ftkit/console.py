@@ -1,7 +1,8 @@
 """What the terminal and train.log show: lines, tables, progress.
 
 Everything a verb says goes to standard output through one `Console`; errors are printed by the command line, on
-standard error. Once a run's train.log is open, the same text goes there, every line prefixed with its rank.
+standard error. The same text goes to a run's train.log, every line prefixed with its rank; what was said before the
+run had a directory is kept until the log opens, and comes first in it.
 """
 
 import io
@@ -27,8 +28,9 @@ class Console:
         stream = stream or sys.stdout
         width = None if stream.isatty() else WIDTH_WITHOUT_TERMINAL
         self._rich = RichConsole(file=stream, quiet=quiet, width=width, highlight=False, soft_wrap=True)
-        self._log: RichConsole | None = None
-        self._log_stream: _PrefixedFile | None = None
+        self._log_stream = _LogStream()
+        log_stream = cast(TextIO, self._log_stream)
+        self._log = RichConsole(file=log_stream, width=WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=True)
 
     @property
     def is_terminal(self) -> bool:
@@ -53,21 +55,15 @@ class Console:
 
     def debug(self, text: str) -> None:
         """Write a line to train.log only."""
-        if self._log is not None:
-            self._log.print(Text(text))
+        self._log.print(Text(text))
 
     def open_log(self, path: Path, *, rank: int) -> None:
-        """From here on write to `path` too, appending; every line gets the rank's prefix."""
-        self.close_log()
-        self._log_stream = _PrefixedFile(path, f"[rank {rank}] ")
-        stream = cast(TextIO, self._log_stream)
-        self._log = RichConsole(file=stream, width=WIDTH_WITHOUT_TERMINAL, highlight=False, soft_wrap=True)
+        """Append to `path` what was printed so far, and from here on everything; every line gets the rank's prefix."""
+        self._log_stream.open(path, prefix=f"[rank {rank}] ")
 
     def close_log(self) -> None:
-        """Stop writing to train.log."""
-        if self._log_stream is not None:
-            self._log_stream.close()
-        self._log = self._log_stream = None
+        """Stop writing to train.log; nothing is kept any more."""
+        self._log_stream.close()
 
     @contextmanager
     def progress(self, description: str, *, total: int, completed: int = 0) -> Iterator["ProgressBar"]:
@@ -88,8 +84,7 @@ class Console:
 
     def _print(self, renderable: Text | Table) -> None:
         self._rich.print(renderable)
-        if self._log is not None:
-            self._log.print(renderable)
+        self._log.print(renderable)
 
 
 class ProgressBar:
@@ -109,28 +104,47 @@ class ProgressBar:
             self._bar.update(self._task, description=description, completed=completed, total=total)  # type: ignore[arg-type]
 
 
-class _PrefixedFile(io.TextIOBase):
-    """A text file whose every line starts with a prefix; flushed at each line so that a killed run keeps its log."""
+class _LogStream(io.TextIOBase):
+    """A file whose every line starts with a prefix; what is written before it is opened waits for it."""
 
-    def __init__(self, path: Path, prefix: str) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._prefix = prefix
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
+        self._file: TextIO | None = None
+        self._prefix = ""
         self._at_line_start = True
 
+    def open(self, path: Path, *, prefix: str) -> None:
+        assert self._file is None, "a console writes one log"
+        self._file, self._prefix = path.open("a", encoding="utf-8"), prefix
+        for text in self._waiting:
+            self.write(text)
+        self._waiting.clear()
+        self.flush()
+
     def write(self, text: str) -> int:
+        if self.closed:
+            return len(text)
+        if self._file is None:
+            self._waiting.append(text)
+            return len(text)
         for piece in text.splitlines(keepends=True):
             self._file.write(self._prefix + piece if self._at_line_start else piece)
             self._at_line_start = piece.endswith("\n")
         return len(text)
 
     def flush(self) -> None:
-        self._file.flush()
+        # rich flushes after each print, so that a killed run keeps its log.
+        if self._file is not None and not self.closed:
+            self._file.flush()
 
     def isatty(self) -> bool:
         return False
 
     def close(self) -> None:
-        self._file.close()
+        super().close()
+        self._waiting.clear()
+        if self._file is not None:
+            self._file.close()
 
 
 def make_table(title: str, columns: list[tuple[str, str]]) -> Table:

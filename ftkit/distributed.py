@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ftkit.errors import FtkitError
+from ftkit.errors import FailedElsewhere, FtkitError
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a silent rank; longer than any evaluation or save that only one rank does."""
@@ -89,19 +89,26 @@ class World:
         return box[0]
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """The value of `function`, called by the main process only, on every process; its error too."""
+        """The value of `function`, called by the main process only, on every process.
+
+        Raises:
+            BaseException: what `function` raised, whatever it is, on the main process, which reports it.
+            FailedElsewhere: on the others, which would wait for the value forever.
+        """
         if self.size == 1:
             return function()
-        value, error = None, None
-        if self.is_main:
-            try:
-                value = function()
-            except FtkitError as caught:
-                error = caught
-        value, error = self.broadcast((value, error))
-        if error is not None:
-            raise error
-        return value
+        if not self.is_main:
+            value, exit_code = self.broadcast(None)
+            if exit_code is not None:
+                raise FailedElsewhere(exit_code)
+            return value
+        try:
+            value = function()
+        except BaseException as error:
+            # Only the code travels: not every error can be pickled, and one process is enough to print it.
+            self.broadcast((None, error.exit_code if isinstance(error, FtkitError) else FtkitError.exit_code))
+            raise
+        return self.broadcast((value, None))[0]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes in order of rank, on every process."""

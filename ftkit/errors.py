@@ -118,3 +118,12 @@ class Interrupted(FtkitError):
     def __init__(self, what: str, *, signal_number: int, how: str | None = None) -> None:
         super().__init__(what, how=how)
         self.exit_code = 128 + signal_number
+
+
+class FailedElsewhere(FtkitError):
+    """Another process of this run failed and prints the error itself; only its exit code is left to pass on."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"another process failed with exit code {exit_code}")
+        self.problems = ()
+        self.exit_code = exit_code

@@ -7,8 +7,11 @@ train.log          what the terminal showed
 validation.json    row ids of the validation rows
 checkpoints/       step-00000100/ ..., see training/checkpoint.py
 adapter/ | model/  the result
+merged/, export/   what `ftkit merge` and `ftkit export` make of it
 """
 
+import errno
+import glob
 import json
 import os
 import platform
@@ -25,9 +28,11 @@ from typing import Any
 import torch
 
 from ftkit.errors import UserError
+from ftkit.lock import refuse_if_locked
+from ftkit.methods.files import BaseIdentity
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
-from ftkit.recipe.load import load_recipe, resolve
+from ftkit.recipe.load import load_recipe
 from ftkit.recipe.schema import ModelSection, Recipe
 
 RECIPE, ENVIRONMENT, METRICS, LOG, VALIDATION = (
@@ -37,7 +42,15 @@ RECIPE, ENVIRONMENT, METRICS, LOG, VALIDATION = (
     "train.log",
     "validation.json",
 )
-CHECKPOINTS, ADAPTER, MODEL = "checkpoints", "adapter", "model"
+CHECKPOINTS, ADAPTER, MODEL, MERGED, EXPORT = "checkpoints", "adapter", "model", "merged", "export"
+RESULTS = (ADAPTER, MODEL, MERGED, EXPORT)
+"""What follows from the run's weights, and no longer does once it goes on."""
+STEPS, BASE = "optimizer_steps", "base_model"
+"""Keys of environment.json: the length that the run was planned to, and the `BaseIdentity`."""
+_UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
+"""Placeholder of `output_dir` that differs from run to run -> what it is filled with, as a regular expression."""
+_NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+"""What a directory cannot be created for because of its path alone."""
 
 PACKAGES = (
     "ftkit",
@@ -56,28 +69,44 @@ PACKAGES = (
 # ---------------------------------------------------------------------------------------------------- naming
 
 
-def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) -> Path:
+def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) -> tuple[Path, Path | None]:
     """Create the directory of a new run from `output_dir`.
 
     `{n}` becomes the next free number; a name without it must be free, or is moved aside to `NAME.old-1` where
     `overwrite` says so.
 
+    Returns:
+        The directory, and where the one that was in the way was moved to.
+
     Raises:
-        UserError: the directory holds a run, or something else.
+        UserError: the directory holds a run, or something else; another process is writing to it; no directory can have
+            this name.
     """
     text = _fill(pattern, name=name, method=method)
-    if "{n}" in text:
-        number = 1
-        while True:
-            path = Path(text.replace("{n}", str(number)))
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                number += 1
-    path = Path(text)
+    try:
+        return (_numbered(text), None) if "{n}" in text else _named(Path(text), overwrite=overwrite)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        what = f"cannot create {text}: {(error.strerror or '').lower()}"
+        raise UserError(what, key=("output_dir",), how="choose another output_dir") from None
+
+
+def _numbered(text: str) -> Path:
+    number = 1
+    while True:
+        path = Path(text.replace("{n}", str(number)))
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _named(path: Path, *, overwrite: bool) -> tuple[Path, Path | None]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file", key=("output_dir",), how="choose another output_dir")
+    aside = None
     if path.is_dir() and any(entry.name != LOG for entry in path.iterdir()):
         if not overwrite:
             kind = "already holds a run" if (path / RECIPE).exists() else "is not empty"
@@ -87,9 +116,10 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
                 how="go on with --resume, move it aside with --overwrite, or choose another output_dir "
                 "(runs/{name}-{n} is always free)",
             )
-        move_aside(path)
+        refuse_if_locked(path / LOG)
+        aside = move_aside(path)
     path.mkdir(parents=True, exist_ok=True)
-    return path
+    return path, aside
 
 
 def discard_unstarted(run: Path) -> None:
@@ -107,47 +137,52 @@ def move_aside(path: Path) -> Path:
     return aside
 
 
-def newest_run_of(recipe: Recipe, pattern: str, *, name: str) -> Path | None:
-    """The newest directory that a run of this recipe was written to, or None.
-
-    `{n}` and `{time}` in the pattern stand for any; a directory counts if its recipe agrees, changes to how often is
-    logged aside.
-    """
-    text = _fill(pattern, name=name, method=recipe.method.type, time_text="{time}")
-    glob = re.sub(r"\{(n|time)\}", "*", text)
-    parent = Path(glob).parent
-    candidates = sorted(
-        (path for path in parent.glob(Path(glob).name) if (path / RECIPE).is_file()),
-        key=lambda path: (path / RECIPE).stat().st_mtime_ns,
-        reverse=True,
-    )
-    for path in candidates:
-        if agrees(path, recipe):
-            return path
-    return None
+def has_result(run: Path) -> bool:
+    """Whether the run is finished: it holds its trained weights."""
+    return any((run / name).is_dir() for name in (ADAPTER, MODEL))
 
 
-def agrees(run: Path, recipe: Recipe) -> bool:
-    """Whether the run's recipe is `recipe` (resolved), changes to how often is logged aside."""
-    try:
-        theirs = resolve(load_recipe(run / RECIPE))
-    except UserError:
-        return False
-    if recipe.model.revision is None:
-        # A run's own recipe is pinned to the commit that it found.
-        theirs = theirs.model_copy(update={"model": theirs.model.model_copy(update={"revision": None})})
-    return _comparable(theirs) == _comparable(recipe)
+def set_aside_results(run: Path) -> None:
+    """Rename what follows from the run's weights to `NAME.old-1`: kept, and no longer taken for the run's."""
+    for name in RESULTS:
+        if (run / name).exists():
+            move_aside(run / name)
 
 
-def _comparable(recipe: Recipe) -> dict[str, Any]:
-    values = recipe.model_dump(exclude={"output_dir"})
-    del values["training"]["logging_steps"]
-    return values
+def find_runs(pattern: str, *, name: str, method: str) -> list[Path]:
+    """The directories of runs that `output_dir`'s pattern stands for, whatever `{n}` and `{time}` are; newest first."""
+    text = str(Path(_fill(pattern, name=name, method=method, time_text="{time}")))
+    pieces = re.split(r"(\{n\}|\{time\})", text)
+    found = glob.glob("".join("*" if piece in _UNIQUE else glob.escape(piece) for piece in pieces))
+    # Only what placeholders are filled with: not runs that were moved aside, nor those of recipe-b for recipe-{n}.
+    exact = re.compile("".join(_UNIQUE.get(piece, re.escape(piece)) for piece in pieces))
+    runs = [Path(path) for path in found if exact.fullmatch(path) and (Path(path) / RECIPE).is_file()]
+    return sorted(runs, key=lambda path: (path / RECIPE).stat().st_mtime_ns, reverse=True)
+
+
+def planned_steps(run: Path) -> int | None:
+    """Optimizer steps that the run was planned to when it last started; None where it does not say."""
+    steps = _environment(run).get(STEPS)
+    return steps if isinstance(steps, int) else None
+
+
+def recorded_base(run: Path) -> BaseIdentity | None:
+    """The base that the run trains on; None where it does not say."""
+    values = _environment(run).get(BASE)
+    return BaseIdentity(**values) if isinstance(values, dict) else None
+
+
+def _environment(run: Path) -> dict[str, Any]:
+    path = run / ENVIRONMENT
+    return read_json(path) if path.is_file() else {}
 
 
 def _fill(pattern: str, *, name: str, method: str, time_text: str | None = None) -> str:
     stamp = time_text or time.strftime("%Y%m%d-%H%M%S")
-    return pattern.replace("{name}", name).replace("{method}", method).replace("{time}", stamp)
+    # Braces in a file's own name must not pass for placeholders.
+    name = re.sub("[{}]", "_", name)
+    text = pattern.replace("{name}", name).replace("{method}", method).replace("{time}", stamp)
+    return os.path.expanduser(text)
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -172,14 +207,21 @@ class MetricsFile:
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` lines: what a checkpoint had seen. Steps after it will be logged again."""
         kept = self._path.read_bytes().splitlines(keepends=True)[:lines] if self._path.exists() else []
-        self._path.write_bytes(b"".join(kept))
+        with self._path.open("ab") as file:
+            # In place, which needs no space: a full disk cannot lose what is kept.
+            file.truncate(sum(map(len, kept)))
         self.lines = len(kept)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON, readable by people, through a temporary name so that no half file is ever seen."""
+    """Write JSON, readable by people, whole or not at all."""
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text through a temporary name, so that no half file is ever seen and a full disk keeps the old one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -291,17 +333,3 @@ def _run_of(path: Path) -> Path | None:
         if (candidate / RECIPE).is_file() and (candidate / ENVIRONMENT).is_file():
             return candidate
     return None
-
-
-def writable_directory(path: Path) -> None:
-    """Create `path`.
-
-    Raises:
-        UserError: it cannot be created or written to.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path}: {error.strerror}", how="choose another directory") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write to {path}", how="choose another directory")

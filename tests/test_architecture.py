@@ -19,21 +19,24 @@ LAYERS = (
     "distributed",
     "recipe",
     "launch",
+    "slurm",
     "data",
     "models",
     "methods",
+    "lock",
     "runs",
     "evaluation",
     "training",
     "estimate",
     "artifacts",
     "commands",
+    "failures",
     "cli",
     "__main__",
 )
 """From the bottom to the top; a module imports from below only."""
 ONLY_IN = {"accelerate": "ftkit.distributed", "peft": "no module", "trl": "no module"}
-LIGHT = ("errors", "console", "recipe", "launch", "commands", "cli")
+LIGHT = ("errors", "console", "recipe", "launch", "slurm", "commands", "failures", "cli")
 """Layers that load none of HEAVY before they need it: `--help` and a wrong recipe answer at once."""
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "huggingface_hub", "numpy", "pandas", "pyarrow"}
 
@@ -159,7 +162,7 @@ def test_the_checks_find_offenders() -> None:
     """Each check, on modules that break its rule."""
     data = "def f():\n    from ftkit.models.load import x\n"
     assert upward_imports({"ftkit.data.a": data, "ftkit.models.load": ""}) == [
-        "ftkit.data.a may not import ftkit.models.load: L5 -> L6"
+        "ftkit.data.a may not import ftkit.models.load: L6 -> L7"
     ]
     assert upward_imports({"ftkit.data.a": "from ftkit.recipe import load", "ftkit.recipe.load": ""}) == []
     ring = {"ftkit.data.a": "import ftkit.data.b", "ftkit.data.b": "from ftkit.data import c", "ftkit.data.c": ""}

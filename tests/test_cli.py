@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from ftkit.cli import LATER_OPTIONS, LATER_VERBS, run
+from ftkit.cli import run
 from ftkit.errors import CheckFailedError, Interrupted, NetworkError, Problem, UserError
+from ftkit.failures import LATER_OPTIONS, LATER_VERBS
 
 VERBS = ("train", "plan", "merge", "eval", "export", "schema")
 
@@ -186,6 +188,26 @@ FAILURES: dict[str, tuple[BaseException, int, list[str]]] = {
         5,
         ["a: permission denied; check the permissions"],
     ),
+    "file in the way": (
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"),
+        2,
+        ["a/b: not a directory; name another path"],
+    ),
+    "long name": (
+        OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300),
+        2,
+        [f"{'a' * 300}: file name too long; name another path"],
+    ),
+    "file where the command line wants a directory": (
+        FileExistsError(errno.EEXIST, "File exists", "out"),
+        2,
+        ["out: file exists; name another path"],
+    ),
+    "directory where the command line wants a file": (
+        IsADirectoryError(errno.EISDIR, "Is a directory", str(Path("out/run").absolute())),
+        2,
+        [f"{Path('out/run').absolute()}: is a directory; name another path"],
+    ),
     "memory": (
         MemoryError(),
         4,
@@ -208,19 +230,27 @@ def test_failures_end_in_their_exit_code(
     lines: list[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "ftkit.commands.plan", types.SimpleNamespace(plan=_raise(error)))
-    assert run(["plan", "r.yaml"]) == code
+    assert run(["plan", "r.yaml", "output_dir=out/run"]) == code
     assert [line for line in capsys.readouterr().err.splitlines() if line] == [
         f"ftkit: error: {line}" for line in lines
     ]
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "x"), RuntimeError("shapes differ")]
-)
+BUGS = {
+    "value": ValueError("x"),
+    "no path": FileNotFoundError(errno.ENOENT, "x"),
+    "a path of ours": FileNotFoundError(errno.ENOENT, "No such file", "out/metrics.jsonl"),
+    "where we are": IsADirectoryError(errno.EISDIR, "Is a directory", str(Path.cwd())),
+    "descriptor": OSError(errno.ENOTDIR, "Not a directory", 3),
+    "runtime": RuntimeError("shapes differ"),
+}
+
+
+@pytest.mark.parametrize("error", BUGS.values(), ids=BUGS)
 def test_a_bug_is_a_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setitem(sys.modules, "ftkit.commands.plan", types.SimpleNamespace(plan=_raise(error)))
-    with pytest.raises(type(error), match=str(error).replace("[", r"\[").replace("]", r"\]")):
-        run(["plan", "r.yaml"])
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        run(["plan", "r.yaml", "output_dir=out"])
 
 
 def test_a_bug_exits_with_1(tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ from ftkit.console import Console, human_bytes, human_count, human_seconds, make
 def test_the_log_gets_what_the_terminal_shows_every_line_with_its_rank(tmp_path):
     stream = io.StringIO()
     console = Console(stream=stream)
+    (tmp_path / "train.log").write_text("of the run before\n")
     console.line("before")
     console.open_log(tmp_path / "train.log", rank=1)
+    # At once: a run that is killed while its weights load has these lines in its log.
+    assert (tmp_path / "train.log").read_text() == "of the run before\n[rank 1] before\n"
     console.line("two\nlines [not markup]")
     table = make_table("title", [("a", "left"), ("b", "right")])
     table.add_row("x", "1")
@@ -17,8 +20,9 @@ def test_the_log_gets_what_the_terminal_shows_every_line_with_its_rank(tmp_path)
     console.debug("log only")
     console.close_log()
     console.line("after")
-    lines = (tmp_path / "train.log").read_text().splitlines()
-    assert lines[:2] == ["[rank 1] two", "[rank 1] lines [not markup]"]
+    first, *lines = (tmp_path / "train.log").read_text().splitlines()
+    assert first == "of the run before"
+    assert lines[:3] == ["[rank 1] before", "[rank 1] two", "[rank 1] lines [not markup]"]
     assert lines[-1] == "[rank 1] log only"
     assert all(line.startswith("[rank 1] ") for line in lines)
     assert "log only" not in stream.getvalue()
@@ -29,10 +33,21 @@ def test_the_log_gets_what_the_terminal_shows_every_line_with_its_rank(tmp_path)
 def test_a_quiet_console_still_logs(tmp_path):
     stream = io.StringIO()
     console = Console(quiet=True, stream=stream)
+    console.debug("first")
     console.open_log(tmp_path / "train.log", rank=0)
     console.warning("mind")
     assert stream.getvalue() == ""
-    assert (tmp_path / "train.log").read_text() == "[rank 0] warning: mind\n"
+    assert (tmp_path / "train.log").read_text() == "[rank 0] first\n[rank 0] warning: mind\n"
+
+
+def test_without_a_log_the_terminal_is_all(tmp_path):
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.line("one")
+    console.close_log()
+    console.close_log()
+    console.line("two")
+    assert stream.getvalue() == "one\ntwo\n"
 
 
 def test_progress_says_nothing_without_a_terminal():

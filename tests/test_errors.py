@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from ftkit import errors
-from ftkit.errors import FtkitError, Interrupted, Problem, UserError, dotted
+from ftkit.errors import FailedElsewhere, FtkitError, Interrupted, Problem, UserError, dotted
 
 EXIT_CODES = {
     "UserError": 2,
@@ -20,10 +20,11 @@ EXIT_CODES = {
 
 def test_every_kind_has_its_exit_code() -> None:
     kinds = {kind.__name__: kind for kind in FtkitError.__subclasses__() if kind.__module__ == errors.__name__}
-    assert kinds.keys() == EXIT_CODES.keys() | {"Interrupted"}
+    assert kinds.keys() == EXIT_CODES.keys() | {"Interrupted", "FailedElsewhere"}
     assert {name: kinds[name].exit_code for name in EXIT_CODES} == EXIT_CODES
     assert Interrupted("stopped", signal_number=signal.SIGINT).exit_code == 130
     assert Interrupted("stopped", signal_number=signal.SIGTERM).exit_code == 143
+    assert FailedElsewhere(3).exit_code == 3
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,22 @@
 import json
+import os
 
 import pytest
 
 from ftkit.errors import UserError
-from ftkit.recipe.load import dump_recipe, load_recipe, resolve
-from ftkit.runs import RECIPE, MetricsFile, find_target, new_run_directory, newest_run_of
-from tests.tiny_runs import write_recipe
+from ftkit.runs import RECIPE, MetricsFile, find_runs, find_target, new_run_directory
 
 
-def make(pattern, **keywords):
-    return new_run_directory(str(pattern), name="r", method="lora", **{"overwrite": False, **keywords})
+def make(pattern, *, name="r", overwrite=False):
+    return new_run_directory(str(pattern), name=name, method="lora", overwrite=overwrite)[0]
 
 
 def test_a_number_is_always_free(tmp_path):
     names = [make(tmp_path / "{name}-{n}").name for _ in range(3)]
     assert names == ["r-1", "r-2", "r-3"]
     assert make(tmp_path / "{method}" / "x").parts[-2:] == ("lora", "x")
+    # As the resolved recipe has it.
+    assert make(tmp_path / "{name}-{n}", name="a{n}").name == "a_n_-1"
 
 
 def test_an_empty_directory_is_taken_and_another_is_not(tmp_path):
@@ -24,11 +25,24 @@ def test_an_empty_directory_is_taken_and_another_is_not(tmp_path):
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         make(tmp_path / "mine")
-    make(tmp_path / "mine", overwrite=True)
+    assert new_run_directory(str(tmp_path / "mine"), name="r", method="lora", overwrite=True)[1].name == "mine.old-1"
     assert (tmp_path / "mine.old-1" / "notes.txt").read_text() == "mine"
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         make(tmp_path / "file", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["file/x", "file/x-{n}", "x" * 300, "{n}/" + "x" * 300])
+def test_what_no_directory_can_be_called_is_the_users_mistake(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot create .*; choose another output_dir") as caught:
+        make(tmp_path / name)
+    assert caught.value.problems[0].key == ("output_dir",)
+
+
+def test_home_is_not_a_directory_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert make("~/r-{n}") == tmp_path / "r-1"
 
 
 def test_metrics_are_cut_back_to_what_a_checkpoint_saw(tmp_path):
@@ -42,19 +56,33 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_saw(tmp_path):
     assert MetricsFile(tmp_path / "metrics.jsonl").lines == 3
 
 
-def test_the_newest_run_of_a_recipe_is_the_one_that_agrees(tmp_path):
-    path = write_recipe(tmp_path)
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("runs/{name}-{n}", "r"),
+        ("runs/{n}/x", "r"),
+        ("{time}/{name}/{method}", "r"),
+        ("./runs//{name}", "r"),
+        ("runs[1]/*/{name}-{n}", "a[b]*?"),
+        ("{name}-{n}", "a{n}"),
+    ],
+)
+def test_runs_are_found_wherever_the_placeholder_and_whatever_the_name(tmp_path, monkeypatch, pattern, name):
+    monkeypatch.chdir(tmp_path)
+    made = make(pattern, name=name)
+    assert find_runs(pattern, name=name, method="lora") == []
+    (made / RECIPE).touch()
+    assert find_runs(pattern, name=name, method="lora") == [made]
+    assert find_runs(pattern, name="other", method="full") == ([made] if pattern == "runs/{n}/x" else [])
 
-    def store(name, *overrides):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / RECIPE).write_text(dump_recipe(resolve(load_recipe(path, overrides))))
 
-    recipe = resolve(load_recipe(path))
-    assert newest_run_of(recipe, recipe.output_dir, name="recipe") is None
-    store("recipe-1")
-    store("recipe-2", "training.logging_steps=2")
-    store("recipe-3", "seed=1")
-    assert newest_run_of(recipe, recipe.output_dir, name="recipe") == tmp_path / "runs" / "recipe-2"
+def test_runs_are_found_newest_first_and_none_that_was_moved_aside(tmp_path):
+    for second, name in enumerate(["r-1", "r-3", "r-2", "r-1.old-1", "r-more-1", "r-"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RECIPE).touch()
+        os.utime(tmp_path / name / RECIPE, (second, second))
+    found = find_runs(str(tmp_path / "{name}-{n}"), name="r", method="lora")
+    assert [path.name for path in found] == ["r-2", "r-3", "r-1"]
 
 
 def test_a_target_that_is_nothing_says_what_it_could_be(tmp_path):

@@ -1,13 +1,17 @@
 """A whole run small enough for a test: a tiny model on disk, a few rows, a recipe."""
 
+import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from tests.tiny_models import save_tiny
@@ -59,10 +63,17 @@ def write_recipe(
     return path
 
 
-def run_cli(*arguments: str | Path, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`python -m ftkit ARGUMENTS` in a process of its own."""
+def run_cli(
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m ftkit ARGUMENTS` in a process of its own, with these variables besides."""
     return subprocess.run(
-        cli_command(*arguments), cwd=cwd, env=cli_environment(), capture_output=True, text=True, timeout=timeout
+        cli_command(*arguments),
+        cwd=cwd,
+        env=cli_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -77,10 +88,35 @@ def cli_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": root, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+def wait_until_ended(pids: Iterable[int], *, seconds: float = 10) -> None:
+    """Until none of the processes runs; one that only its parent's look is missing to has ended."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    left, deadline = [*pids], time.monotonic() + seconds
+    while left := [pid for pid in left if runs(pid)]:
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.02)
+
+
 def read_metrics(run: Path, *, timing: bool = False) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without what differs from run to run."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return lines if timing else [{k: v for k, v in line.items() if k != "timing"} for line in lines]
+
+
+def result_file(run: Path, method: str = "lora") -> Path:
+    """The file with a finished run's weights."""
+    return run / ("model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors")
+
+
+def result_hash(run: Path, method: str = "lora") -> str:
+    """SHA-256 of a finished run's weights."""
+    return hashlib.sha256(result_file(run, method).read_bytes()).hexdigest()
 
 
 def losses(run: Path) -> list[float]:

@@ -10,28 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from ftkit.data.chat import ChatTemplate
-from ftkit.errors import CheckFailedError, StorageError, UserError
-from ftkit.models.files import CONFIG_NAME, read_json
+from ftkit.errors import CheckFailedError, UserError
+from ftkit.models.files import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, read_json, storage_errors
 from ftkit.models.load import TOKENIZER_FILES, BaseModel, load_tokenizer, local_directory
-from ftkit.runs import move_aside
+from ftkit.runs import Target, move_aside
 
-GENERATION_CONFIG_NAME = "generation_config.json"
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "additional_chat_templates",
-)
-"""Everything that makes a tokenizer and its chat templates."""
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
@@ -50,28 +36,26 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     check_free(output, overwrite=overwrite)
     staging: Path | None = None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # mkdtemp keeps its directory to its owner; the one inside gets the user's usual permissions.
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-        content = staging / output.name
-        content.mkdir()
-        try:
-            yield content
-        except CheckFailedError as error:
-            rejected = output.with_name(f"{output.name}.rejected")
-            _make_way(rejected)
-            content.rename(rejected)
-            kept = [replace(problem, what=f"{problem.what} (kept as {rejected})") for problem in error.problems]
-            raise CheckFailedError.of(kept) from None
-        for path in content.iterdir():
-            if path.is_file():
-                # safetensors writes files that only their owner may read, whatever the umask.
-                path.chmod(content.stat().st_mode & 0o666)
-        _make_way(output)
-        content.rename(output)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else error
-        raise StorageError(f"cannot write {output}: {reason}", how="free space, or choose another --output") from error
+        with storage_errors(f"cannot write {output}", how="free space, or choose another --output"):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            # mkdtemp keeps its directory to its owner; the one inside gets the user's usual permissions.
+            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+            content = staging / output.name
+            content.mkdir()
+            try:
+                yield content
+            except CheckFailedError as error:
+                rejected = output.with_name(f"{output.name}.rejected")
+                _make_way(rejected)
+                content.rename(rejected)
+                kept = [replace(problem, what=f"{problem.what} (kept as {rejected})") for problem in error.problems]
+                raise CheckFailedError.of(kept) from None
+            for path in content.iterdir():
+                if path.is_file():
+                    # safetensors writes files that only their owner may read, whatever the umask.
+                    path.chmod(content.stat().st_mode & 0o666)
+            _make_way(output)
+            content.rename(output)
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -96,27 +80,32 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def copy_companions(
-    base: BaseModel, tuned: Path | None, target: Path, *, chat_template_kwargs: Mapping[str, Any]
-) -> None:
+def copy_companions(target: Target, directory: Path) -> None:
     """Write what belongs to the weights: tokenizer, chat template, generation config, licence, the model's own code.
 
+    What training left beside the tuned weights goes before the base's own.
+
     Args:
-        tuned: directory of the tuned weights, whose tokenizer and generation config go before the base's; None: the
-            base's own.
+        directory: holds config.json already.
     """
-    source = local_directory(base, weights=False)
-    copy_matching(source, target, LICENCE_PATTERNS)
-    if base.trust_remote_code:
-        copy_matching(source, target, ("*.py",))
-    with_tokenizer = next((d for d in (tuned, source) if d is not None and has_tokenizer(d)), None)
+    source = local_directory(target.model, weights=False)
+    copy_matching(source, directory, LICENCE_PATTERNS)
+    if target.model.trust_remote_code:
+        copy_matching(source, directory, ("*.py",))
+    places = [place for place in (target.tokenizer, source) if place is not None]
+    with_tokenizer = next((place for place in places if has_tokenizer(place)), None)
     if with_tokenizer is not None:
-        copy_matching(with_tokenizer, target, TOKENIZER_PATTERNS)
-    with_generation = next(
-        (d for d in (tuned, source) if d is not None and (d / GENERATION_CONFIG_NAME).is_file()), None
-    )
-    tokenizer = load_tokenizer(BaseModel(str(target), path=target)) if with_tokenizer is not None else None
-    write_generation_config(target, with_generation, tokenizer, chat_template_kwargs=chat_template_kwargs)
+        copy_matching(with_tokenizer, directory, TOKENIZER_PATTERNS)
+    with_generation = next((place for place in places if (place / GENERATION_CONFIG_NAME).is_file()), None)
+    tokenizer = load_tokenizer(BaseModel(str(directory), path=directory)) if with_tokenizer is not None else None
+    kwargs = template_kwargs(target)
+    write_generation_config(directory, with_generation, tokenizer, chat_template_kwargs=kwargs)
+
+
+def template_kwargs(target: Target) -> Mapping[str, Any]:
+    """What the run that `target` comes from hands to its chat template."""
+    recipe = target.recipe
+    return recipe.data.chat_template_kwargs if recipe is not None else {}
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -1,14 +1,11 @@
 """`export --format adapter`: the adapter's own directory, which peft and servers load beside the base model."""
 
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ftkit.artifacts.directory import GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, copy_matching, staged
-from ftkit.artifacts.proof import Prompt
+from ftkit.artifacts.directory import copy_matching, staged
 from ftkit.errors import UserError
 from ftkit.methods.files import (
     BOTTLENECK,
@@ -20,24 +17,15 @@ from ftkit.methods.files import (
     lora_section,
     read_adapter,
 )
-from ftkit.models.files import read_json
-from ftkit.models.load import BaseModel
+from ftkit.models.files import GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, read_json
+from ftkit.runs import Target
 
 
-def export_adapter(
-    model: BaseModel,
-    adapter: Path | None,
-    output: Path,
-    *,
-    tokenizer: Path | None = None,
-    prompts: Sequence[Prompt] = (),
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-) -> None:
+def export_adapter(target: Target, output: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
     """Copy the adapter's files and no others, after reading them; see `Exporter` for the arguments and errors."""
+    adapter = target.adapter
     if adapter is None:
-        raise UserError(f"{model.name} has no adapter", how="--format hf exports a whole model")
+        raise UserError(f"{target.label} has no adapter", how="--format hf exports a whole model")
     if dtype is not None:
         raise UserError("an adapter keeps its own precision", how="leave --dtype out, or --format hf")
     _check_readable(adapter)
@@ -45,7 +33,7 @@ def export_adapter(
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(adapter / name, directory / name)
         copy_matching(adapter, directory, (IDENTITY_NAME, GENERATION_CONFIG_NAME))
-        copy_matching(tokenizer or adapter, directory, TOKENIZER_PATTERNS)
+        copy_matching(target.tokenizer or adapter, directory, TOKENIZER_PATTERNS)
 
 
 def _check_readable(adapter: Path) -> None:

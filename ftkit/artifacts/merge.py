@@ -11,13 +11,21 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ftkit.artifacts import proof
-from ftkit.artifacts.directory import check_free, copy_companions, has_tokenizer, staged, write_config
+from ftkit.artifacts.directory import (
+    check_free,
+    copy_companions,
+    has_tokenizer,
+    staged,
+    template_kwargs,
+    write_config,
+)
 from ftkit.artifacts.weights import ComputeDelta, check_tensors, names_in_files, rewrite, stored_dtype
 from ftkit.errors import UserError
 from ftkit.methods import adapter, full, lora
-from ftkit.methods.files import BOTTLENECK, LORA, read_adapter, read_identity
-from ftkit.models.files import ADAPTER_CONFIG_NAME, CONFIG_NAME, WEIGHTS_NAME, hash_files, read_json
-from ftkit.models.load import BaseModel, fingerprint, load_config, load_tokenizer, load_weights, local_directory
+from ftkit.methods.files import BOTTLENECK, LORA, check_base, identify, read_adapter, read_identity
+from ftkit.models.files import ADAPTER_CONFIG_NAME, WEIGHTS_NAME, hash_files, read_json
+from ftkit.models.load import BaseModel, load_config, load_tokenizer, load_weights, local_directory
+from ftkit.runs import Target
 
 REPORT_NAME = "merge_report.json"
 _WEIGHT = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
@@ -46,7 +54,7 @@ class MergeReport:
     top1_agreement: float
     cast: Cast
     tensors_changed: int
-    base_fingerprint: str
+    base_fingerprint: str | None
     adapters: tuple[dict[str, Any], ...]
 
 
@@ -72,20 +80,17 @@ def single_adapter(texts: Sequence[str]) -> str:
 
 
 def merge(
-    adapter_directory: Path,
-    base: BaseModel,
+    target: Target,
     output: Path,
     *,
     prompts: Sequence[proof.Prompt] = (),
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
-    """Write base + adapter to `output` as an ordinary Hugging Face directory, and prove that it is that.
+    """Write base + LoRA to `output` as an ordinary Hugging Face directory, and prove that it is that.
 
     Args:
         prompts: token ids to prove on, besides those that ship with ftkit.
-        chat_template_kwargs: of the run.
         dtype: precision of the result; None keeps the one that the base is stored in.
         overwrite: move an `output` that exists to `NAME.old-1`.
 
@@ -95,10 +100,10 @@ def merge(
         StorageError: disk full.
     """
     # 1. What is merged into what.
-    kwargs = chat_template_kwargs or {}
     check_free(output, overwrite=overwrite)
-    check_kind(adapter_directory)
-    base_fingerprint = _check_base(adapter_directory, base)
+    base, adapter_directory = target.model, lora_of(target)
+    identity = identify(base)
+    check_base(adapter_directory, read_identity(adapter_directory), identity)
     deltas, prefix = _read_deltas(adapter_directory, base)
     source = local_directory(base, weights=True)
     in_files = names_in_files(source, deltas, prefix=prefix)
@@ -108,13 +113,13 @@ def merge(
         # 2. The directory.
         rewrite(source, directory, in_files, dtype=dtype)
         write_config(source, directory, result_dtype)
-        copy_companions(base, adapter_directory, directory, chat_template_kwargs=kwargs)
+        copy_companions(target, directory)
 
         # 3. The proof, of what lies on the disk.
         check_tensors(source, directory, in_files, dtype=dtype)
         merged = BaseModel(output.name, path=directory, trust_remote_code=base.trust_remote_code)
         tokenizer = load_tokenizer(merged) if has_tokenizer(directory) else None
-        all_prompts = proof.proof_prompts(tokenizer, kwargs, prompts)
+        all_prompts = proof.proof_prompts(tokenizer, template_kwargs(target), prompts)
         exact, cast = _prove(adapter_directory, base, merged, deltas, all_prompts, result_dtype)
         report = MergeReport(
             max_abs_logit_difference=exact.max_abs_logit_difference,
@@ -122,7 +127,7 @@ def merge(
             top1_agreement=exact.top1_agreement,
             cast=cast,
             tensors_changed=len(deltas),
-            base_fingerprint=base_fingerprint,
+            base_fingerprint=identity.fingerprint,
             adapters=(_describe(adapter_directory),),
         )
         (directory / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -130,33 +135,20 @@ def merge(
     return report
 
 
-def check_kind(directory: Path) -> None:
-    """Check that `directory` holds a LoRA.
+def lora_of(target: Target) -> Path:
+    """Directory of the LoRA that `target` names.
 
     Raises:
-        UserError: it holds something else; the message says what to do with that.
+        UserError: it is something else; the message says what to do with that.
     """
-    if not (directory / ADAPTER_CONFIG_NAME).is_file():
-        if (directory / CONFIG_NAME).is_file():
-            raise UserError(f"{directory}: {full.merge_refusal}")
-        raise UserError(f"{directory} is not an adapter: it has no {ADAPTER_CONFIG_NAME}", how="name a LoRA run")
-    kind = read_json(directory / ADAPTER_CONFIG_NAME).get("peft_type")
+    if target.adapter is None:
+        raise UserError(f"{target.label}: {full.merge_refusal}")
+    kind = read_json(target.adapter / ADAPTER_CONFIG_NAME).get("peft_type")
     if kind == BOTTLENECK:
-        raise UserError(f"{directory}: {adapter.merge_refusal}")
+        raise UserError(f"{target.adapter}: {adapter.merge_refusal}")
     if kind != LORA:
-        raise UserError(f"{directory} is an adapter of the kind {kind}", how="ftkit merges LoRA adapters")
-
-
-def _check_base(adapter_directory: Path, base: BaseModel) -> str:
-    """The base's fingerprint, which is the one that the adapter was trained on if it knows any."""
-    identity, here = read_identity(adapter_directory), fingerprint(base)
-    if identity.fingerprint not in (None, here):
-        raise UserError(
-            f"{adapter_directory} was trained on {identity.name} ({identity.fingerprint}), and {base.name} has other "
-            f"weights ({here})",
-            how=f"--base with {identity.name} as it was then",
-        )
-    return here
+        raise UserError(f"{target.adapter} is an adapter of the kind {kind}", how="ftkit merges LoRA adapters")
+    return target.adapter
 
 
 def _read_deltas(adapter_directory: Path, base: BaseModel) -> tuple[dict[str, ComputeDelta], str]:

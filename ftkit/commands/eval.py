@@ -33,13 +33,16 @@ def evaluate(
     import torch
 
     from ftkit.evaluation.compare import evaluate_models
-    from ftkit.evaluation.contestants import check_labels, load_contestants
+    from ftkit.evaluation.contestants import check_labels, leading_target, load_contestants
     from ftkit.models.load import choose_compute_dtype
     from ftkit.runs import find_target, write_json
 
     console = Console()
     if output is not None and output.is_dir():
         raise UserError(f"{output} is a directory", how="name a file: --output FILE.json")
+    if output is not None:
+        # Now, not after hours of answers: a file may be in the way.
+        output.parent.mkdir(parents=True, exist_ok=True)
 
     # 1. Who takes part: the target, its base, what else was named.
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
@@ -59,7 +62,7 @@ def evaluate(
 
     # 3. The answers.
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = found.recipe
+    recipe = leading_target(targets).recipe
     dtype, reason = choose_compute_dtype(recipe.model.dtype if recipe is not None else "auto", device)
     contestants = load_contestants(targets, mode=mode, dtype=dtype, device=device)
     report = evaluate_models(contestants, tasks, console=console)
@@ -74,7 +77,6 @@ def evaluate(
         f"read, {human_count(report.usage.tokens_generated)} generated"
     )
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, report.to_json())
         console.line(f"written to {output}")
     if found.adapter is not None:

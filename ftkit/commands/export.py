@@ -6,9 +6,6 @@ from ftkit.commands.merge import as_dtype
 from ftkit.console import Console
 from ftkit.errors import UserError
 
-EXPORTED = "export"
-"""Name of the result in the run's directory, where --output names no other."""
-
 
 def export(
     target: str,
@@ -22,24 +19,15 @@ def export(
 ) -> None:
     """Write TARGET in `format`: a model directory, or peft's adapter files."""
     from ftkit.artifacts.export import find_exporter
-    from ftkit.runs import find_target
+    from ftkit.runs import EXPORT, find_target
 
     console = Console()
     write, result_dtype = find_exporter(format), as_dtype(dtype)
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
     if output is None and found.run is None:
         raise UserError(f"{target} belongs to no run", how="say where to write with --output DIR")
-    output = output or Path(found.run or "") / EXPORTED
-    recipe = found.recipe
-    write(
-        found.model,
-        found.adapter,
-        output,
-        tokenizer=found.tokenizer,
-        chat_template_kwargs=recipe.data.chat_template_kwargs if recipe is not None else None,
-        dtype=result_dtype,
-        overwrite=overwrite,
-    )
+    output = output or Path(found.run or "") / EXPORT
+    write(found, output, dtype=result_dtype, overwrite=overwrite)
     console.line(f"written to {output}", style="bold")
     for command in NEXT[format]:
         console.line("  " + command.format(output=output, base=found.model.name))

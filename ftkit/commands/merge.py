@@ -10,8 +10,6 @@ from ftkit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-MERGED = "merged"
-"""Name of the result in the run's directory, where --output names no other."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,25 +24,15 @@ def merge(
     trust_remote_code: bool = False,
 ) -> None:
     """Merge ADAPTER (a run, a checkpoint or an adapter directory) into its base, written to `output`."""
+    from ftkit.artifacts.merge import lora_of, single_adapter
     from ftkit.artifacts.merge import merge as merge_adapter
-    from ftkit.artifacts.merge import single_adapter
-    from ftkit.runs import find_target
+    from ftkit.runs import MERGED, find_target
 
     console = Console()
     result_dtype, name = as_dtype(dtype), single_adapter(adapters)
     target = find_target(name, base=base, offline=offline, trust_remote_code=trust_remote_code)
-    if target.adapter is None:
-        raise UserError(f"{name} is no adapter: it has nothing to merge", how="name a LoRA run")
-    output = output or (target.run or target.adapter.parent) / MERGED
-    recipe = target.recipe
-    report = merge_adapter(
-        target.adapter,
-        target.model,
-        output,
-        chat_template_kwargs=recipe.data.chat_template_kwargs if recipe is not None else None,
-        dtype=result_dtype,
-        overwrite=overwrite,
-    )
+    output = output or (target.run or lora_of(target).parent) / MERGED
+    report = merge_adapter(target, output, dtype=result_dtype, overwrite=overwrite)
     relative = report.max_abs_logit_difference / report.max_abs_logit
     others = "copied bit for bit" if dtype is None else f"cast to {dtype}"
     console.line(f"merged     {report.tensors_changed} weights of {target.model.name}, all others {others}")

@@ -8,14 +8,22 @@ from typing import TYPE_CHECKING
 
 from ftkit.console import Console, human_count, human_seconds
 from ftkit.errors import FtkitError, UserError
-from ftkit.launch import LaunchPlan, launched_by_another, read_launch_config, run_processes, visible_gpus
+from ftkit.launch import (
+    LaunchPlan,
+    end_with_parent,
+    launched_by_another,
+    read_launch_config,
+    run_processes,
+    visible_gpus,
+)
 from ftkit.recipe.load import LoadedRecipe, dump_recipe, load_recipe, resolve
+from ftkit.slurm import step_environment
 
 if TYPE_CHECKING:
     from ftkit.distributed import World
+    from ftkit.lock import RunLock
     from ftkit.runs import MetricsFile
     from ftkit.training.build import Built
-    from ftkit.training.checkpoint import Checkpoint
     from ftkit.training.prepare import Prepared
 
 
@@ -49,6 +57,8 @@ def train(
 
         plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
         return
+    end_with_parent()
+    os.environ.update(step_environment(os.environ))
     options = Options(resume, checkpoint, overwrite, offline, trust_remote_code)
     if options.overwrite and (options.resume or options.checkpoint):
         raise UserError("--overwrite starts anew and --resume goes on", how="choose one of them")
@@ -89,6 +99,7 @@ def _arguments(recipe: Path, overrides: list[str], options: Options) -> list[str
 def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     """Train in this process, one of `World.size`."""
     from ftkit.distributed import World
+    from ftkit.lock import RunLock
     from ftkit.training.prepare import prepare
 
     console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
@@ -97,28 +108,45 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     prepared = prepare(loaded, console, offline=options.offline, trust_remote_code=options.trust_remote_code)
     prepared.print(console)
 
-    world = World()
+    world, lock = World(), RunLock()
     try:
-        _train_as(world, loaded, options, prepared, console)
+        _train_as(world, loaded, options, prepared, console, lock)
         # Nobody leaves while another still needs it.
         world.barrier()
     finally:
         console.close_log()
+        lock.release()
         world.close()
 
 
-def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console) -> None:
+def _train_as(
+    world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
+) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
-    from ftkit.runs import LOG, METRICS, MetricsFile, discard_unstarted
+    from ftkit.runs import LOG, METRICS, MetricsFile
     from ftkit.training.build import build
     from ftkit.training.result import publish_result
+    from ftkit.training.start import Start, begin, find_start, give_up
 
     started = time.perf_counter()
 
-    # 2. The run's directory, and the checkpoint to go on from.
-    start: Start = world.on_main(lambda: _find_start(loaded, prepared, options, console))
+    # 2. The run's directory, which nobody else may write to from here on, and the checkpoint to go on from.
+    def enter() -> Start:
+        found = find_start(
+            loaded,
+            prepared,
+            world,
+            console,
+            resume=options.resume,
+            checkpoint=options.checkpoint,
+            overwrite=options.overwrite,
+        )
+        if not found.finished:
+            lock.take(found.run / LOG, console.warning)
+        return found
+
+    start: Start = world.on_main(enter)
     if start.finished:
-        console.line(f"{start.run} is finished already: nothing to do")
         return
     console.open_log(start.run / LOG, rank=world.rank)
 
@@ -130,9 +158,10 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
         # Also Ctrl-C and bugs: an empty directory would be in the way of the next try.
         console.close_log()
         if world.is_main:
-            discard_unstarted(start.run)
+            give_up(start)
         raise
     built.print(console)
+    world.on_main(lambda: begin(start))
     world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
 
     # 4. The loop.
@@ -156,83 +185,23 @@ def _train_as(world: "World", loaded: LoadedRecipe, options: Options, prepared: 
     world.on_main(publish)
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
-
-    run: Path
-    checkpoint: "Checkpoint | None" = None
-    finished: bool = False
-
-
-def _find_start(loaded: LoadedRecipe, prepared: "Prepared", options: Options, console: Console) -> Start:
-    """A new directory, or the one to go on in."""
-    from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, RECIPE, agrees, move_aside, new_run_directory, newest_run_of
-    from ftkit.training.checkpoint import Checkpoint, newest_verified, read_checkpoint, set_aside_later
-
-    recipe, name = prepared.recipe, loaded.path.stem
-    checkpoint: Checkpoint | None = None
-    if options.checkpoint is not None:
-        checkpoint = read_checkpoint(options.checkpoint)
-        run = checkpoint.path.resolve().parent.parent
-        if checkpoint.path.resolve().parent.name != CHECKPOINTS or not (run / RECIPE).is_file():
-            raise UserError(f"{options.checkpoint} lies in no run", how="name RUN/checkpoints/step-...")
-        if not agrees(run, resolve(loaded)):
-            raise UserError(
-                f"the recipe is not the one that {options.checkpoint} was written with",
-                how=f"name {run / RECIPE}, or train anew without --from",
-            )
-    else:
-        found = newest_run_of(resolve(loaded), recipe.output_dir, name=name) if options.resume else None
-        if found is None:
-            if options.resume:
-                console.line("no run of this recipe to go on with: starting at step 0")
-            return Start(
-                new_run_directory(recipe.output_dir, name=name, method=recipe.method.type, overwrite=options.overwrite)
-            )
-        run = found
-        if _finished(run):
-            return Start(run, finished=True)
-        checkpoint = newest_verified(run / CHECKPOINTS, console.warning)
-    if checkpoint is None:
-        console.line(f"{run} holds no whole checkpoint: starting at step 0")
-        return Start(run)
-    if checkpoint.state["plan"] != prepared.plan.fingerprint:
-        raise UserError(
-            f"the recipe or its data is not the one that {checkpoint.path} was written with",
-            how="train anew, without --resume and --from",
-        )
-    set_aside_later(checkpoint)
-    for name in (ADAPTER, MODEL):
-        # The result of a finished run that goes on from an earlier checkpoint: kept, and no longer the result.
-        if (run / name).is_dir():
-            move_aside(run / name)
-    console.line(f"going on with {run} after step {checkpoint.step}")
-    return Start(run, checkpoint)
-
-
-def _finished(run: Path) -> bool:
-    from ftkit.runs import ADAPTER, MODEL
-
-    return any((run / name).is_dir() for name in (ADAPTER, MODEL))
-
-
 def _write_records(
     loaded: LoadedRecipe, prepared: "Prepared", built: "Built", run: Path, metrics: "MetricsFile"
 ) -> None:
     """recipe.yaml, environment.json and validation.json; metrics.jsonl cut back to what the checkpoint had seen."""
-    from ftkit.runs import ENVIRONMENT, RECIPE, VALIDATION, describe_environment, write_json
+    from ftkit.runs import BASE, ENVIRONMENT, RECIPE, STEPS, VALIDATION, describe_environment, write_json, write_whole
 
     metrics.truncate(built.state.metrics_lines)
     recipe = resolve(loaded)
     # A hub model is pinned, so that this file repeats the run after the branch has moved on.
     pinned = recipe.model.model_copy(update={"revision": prepared.base.revision})
     recipe = recipe.model_copy(update={"model": pinned})
-    (run / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    write_whole(run / RECIPE, dump_recipe(recipe))
     write_json(run / VALIDATION, prepared.plan.validation_rows)
     write_json(
         run / ENVIRONMENT,
         describe_environment(built.loop.world.device, built.loop.world.size)
         | {"seed": prepared.recipe.seed, "data_fingerprint": prepared.plan.fingerprint}
-        | {"base_model": asdict(built.identity), "precision": built.precision, "packing": built.isolation.reason},
+        | {STEPS: len(prepared.plan.steps)}
+        | {BASE: asdict(built.identity), "precision": built.precision, "packing": built.isolation.reason},
     )

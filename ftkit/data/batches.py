@@ -23,7 +23,7 @@ class Batch:
     attention_mask: Tensor | None
     """int64 [B, T], 1 = real; None when packed."""
     cu_seq_lens: Tensor | None
-    """int32 [D + 1], document bounds in the packed row; None when padded."""
+    """int32 [D + 1], document bounds in the packed row, always on the CPU; None when padded."""
     max_seq_len: int
     """Tokens of the longest document."""
     target_positions: Tensor
@@ -36,18 +36,26 @@ class Batch:
     """Real tokens: neither padding nor the stand-in of an empty micro-batch."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`."""
+        """The same batch on `device`, but for the bounds: every layer reads their values, and would wait for a GPU."""
+        device = torch.device(device)
         return Batch(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
-            cu_seq_lens=None if self.cu_seq_lens is None else self.cu_seq_lens.to(device),
+            input_ids=_moved(self.input_ids, device),
+            position_ids=_moved(self.position_ids, device),
+            attention_mask=None if self.attention_mask is None else _moved(self.attention_mask, device),
+            cu_seq_lens=self.cu_seq_lens,
             max_seq_len=self.max_seq_len,
-            target_positions=self.target_positions.to(device),
-            target_ids=self.target_ids.to(device),
-            target_datasets=self.target_datasets.to(device),
+            target_positions=_moved(self.target_positions, device),
+            target_ids=_moved(self.target_ids, device),
+            target_datasets=_moved(self.target_datasets, device),
             num_tokens=self.num_tokens,
         )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A copy to a GPU does not wait for the work before it, which it would from other memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------- dealing

@@ -16,6 +16,7 @@ from ftkit.errors import UserError
 from ftkit.evaluation.compare import Contestant
 from ftkit.evaluation.prompts import ChatPrompts, Prompts, RawPrompts, choose_mode
 from ftkit.evaluation.schema import PromptMode
+from ftkit.methods.files import check_base, identify, read_identity
 from ftkit.methods.table import method_of
 from ftkit.models.load import BaseModel, load_tokenizer, load_weights
 from ftkit.recipe.schema import DataSection, ModelSection, Recipe
@@ -30,12 +31,14 @@ def load_contestants(
     The base of an adapter is loaded once: its own contestant is the same model with the adapter switched off.
 
     Raises:
-        UserError: a model or adapter cannot be loaded; two targets would have one label.
+        UserError: a model or adapter cannot be loaded, or its base has changed; two targets would have one label.
     """
     tokenizers = [_tokenizer(target) for target in targets]
-    template = next((t.chat_template for t in tokenizers if t.chat_template), None)
+    lead = leading_target(targets)
+    in_order = [tokenizers[targets.index(lead)], *tokenizers]
+    template = next((t.chat_template for t in in_order if t.chat_template), None)
     chat = choose_mode(mode, has_template=template is not None) == "chat"
-    recipe = targets[0].recipe
+    recipe = lead.recipe
     shared: dict[BaseModel, tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]] = {}
     contestants = []
     # Adapters first: a base without one is then found loaded.
@@ -56,10 +59,17 @@ def load_contestants(
     return [contestant for _, contestant in sorted(contestants, key=lambda pair: pair[0])]
 
 
+def leading_target(targets: Sequence[Target]) -> Target:
+    """Whose template and settings all are asked with: the first target that is a run's, else that was tuned at all."""
+    return min(targets, key=lambda target: (target.run is None, target.base is None))
+
+
 def _load(
     target: Target, dtype: torch.dtype, device: torch.device
 ) -> tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]] | None]:
     """The model in eval mode, and what switches its adapter off, where that gives the base."""
+    if target.adapter is not None and (trained_on := read_identity(target.adapter)).fingerprint is not None:
+        check_base(target.adapter, trained_on, identify(target.model, remembered=True))
     model = load_weights(target.model, dtype=dtype)
     disabled = None
     if target.adapter is not None:

@@ -117,9 +117,10 @@ def _score_batch(model: PreTrainedModel, batch: Sequence[Example], takes_positio
 def _sum_log_probabilities(logits_BPV: Tensor, targets_BP: Tensor) -> Tensor:
     """float64 [B]; in pieces, so that the float32 copy of the logits stays small."""
     rows_N, columns_N = (targets_BP != IGNORE).nonzero(as_tuple=True)
-    sums_B = torch.zeros(len(targets_BP), dtype=torch.float64)
+    chosen = []
     for rows, columns in zip(rows_N.split(ROWS_AT_ONCE), columns_N.split(ROWS_AT_ONCE), strict=True):
         log_probabilities = torch.log_softmax(logits_BPV[rows, columns].float(), dim=-1)
-        chosen = log_probabilities.gather(-1, targets_BP[rows, columns].unsqueeze(-1)).squeeze(-1)
-        sums_B.index_add_(0, rows.cpu(), chosen.cpu().double())
-    return sums_B
+        chosen.append(log_probabilities.gather(-1, targets_BP[rows, columns].unsqueeze(-1)).squeeze(-1))
+    # On the CPU, which adds in a fixed order; fetched once, since a GPU is waited for each time.
+    sums_B = torch.zeros(len(targets_BP), dtype=torch.float64)
+    return sums_B.index_add_(0, rows_N.cpu(), torch.cat(chosen).cpu().double())

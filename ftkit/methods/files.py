@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ftkit.errors import FtkitError, Problem, UserError
 from ftkit.models.files import read_json
+from ftkit.models.load import BaseModel, fingerprint
 from ftkit.recipe.schema import AdapterMethod, LoraMethod
 
 CONFIG_NAME, WEIGHTS_NAME, IDENTITY_NAME = "adapter_config.json", "adapter_model.safetensors", "ftkit.json"
@@ -46,6 +47,28 @@ class BaseIdentity:
     """Commit of the hub repository."""
     fingerprint: str | None = None
     """Of the weight files' content; None where it is not known, as for adapters of other tools."""
+
+    def __str__(self) -> str:
+        return f"{self.name}{f' at {self.revision[:12]}' if self.revision else ''} ({self.fingerprint})"
+
+
+def identify(base: BaseModel, *, remembered: bool = False) -> BaseIdentity:
+    """The identity of a base model; its weights are hashed, see `fingerprint`."""
+    return BaseIdentity(str(base.path or base.repo_id), base.revision, fingerprint(base, remembered=remembered))
+
+
+def check_base(trained: Path, trained_on: BaseIdentity, here: BaseIdentity) -> None:
+    """Check that weights meet the base that they were trained on, as far as that is known.
+
+    Args:
+        trained: where the weights lie.
+
+    Raises:
+        UserError: the base's weights are others; both are named.
+    """
+    if trained_on.fingerprint not in (None, here.fingerprint):
+        what = f"{trained} was trained on {trained_on}, and the weights of {here} are others"
+        raise UserError(what, how=f"use {trained_on.name} as it was then")
 
 
 def write_adapter(

@@ -33,12 +33,9 @@ def register() -> None:
 
 
 def document_kwargs(batch: Batch) -> dict[str, Any]:
-    """The forward keywords that tell the attention function where the documents of a packed batch lie.
-
-    The bounds are on the CPU: every layer reads their values, and on a GPU each reading would wait for the device.
-    """
+    """The forward keywords that tell the attention function where the documents of a packed batch lie."""
     assert batch.cu_seq_lens is not None, "the batch is padded"
-    return bounds_kwargs(batch.cu_seq_lens.cpu())
+    return bounds_kwargs(batch.cu_seq_lens)
 
 
 def bounds_kwargs(bounds: Tensor) -> dict[str, Any]:
@@ -111,8 +108,9 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: floa
     """Plain softmax attention in one kernel; [1, H, L, Dv]."""
     mask = None if window is None or q.shape[2] <= window else _window_mask(q.shape[2], window, q.device)
     grouped = q.shape[1] != k.shape[1]
-    # The fast kernels share key heads by themselves only without a mask and up to width 256.
-    if grouped and not (mask is None and k.shape[-1] == v.shape[-1] <= 256):
+    # The fast kernels share key heads by themselves only without a mask and up to width 256, on a GPU not in float32.
+    shares = mask is None and k.shape[-1] == v.shape[-1] <= 256 and not (q.is_cuda and q.dtype == torch.float32)
+    if grouped and not shares:
         k, v, grouped = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1]), False
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped

@@ -1,17 +1,36 @@
-"""The files of a Hugging Face model directory: its weights, whether they are all there, what they hash to."""
+"""The files of a Hugging Face model directory: its weights, whether they are all there, what they hash to, writing."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftkit.errors import KeyPath, UserError
+from safetensors import SafetensorError
+
+from ftkit.errors import KeyPath, StorageError, UserError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates",
+)
+"""Everything that makes a tokenizer and its chat templates."""
 
 RESTORE = "restore or download the file again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -119,3 +138,49 @@ def hash_files(paths: Iterable[Path]) -> str:
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
     return f"sha256:{digest.hexdigest()}"
+
+
+@contextmanager
+def storage_errors(what: str, *, how: str, where: str | None = None) -> Iterator[None]:
+    """Files are written inside this context: what a full or failing disk raises there becomes a StorageError.
+
+    Args:
+        what: what could not be done; the reason is added.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _disk_failure(error)
+        if reason is None:
+            raise
+        raise StorageError(f"{what}: {reason}", how=how, where=where) from error
+
+
+def _disk_failure(error: Exception) -> str | None:
+    """The reason in the system's words, or None where it is not the disk's fault."""
+    if isinstance(error, shutil.Error):
+        # copytree goes on after an error and then reports all of them: (source, target, error as text).
+        reason = str(error.args[0][0][2])
+        return by_system[1] if (by_system := re.match(r"\[Errno \d+\] ([^:]+)", reason)) else reason
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # safetensors has an error of its own for a full disk, tokenizers raises the base class itself.
+    by_system = re.search(r"([^:]+) \(os error \d+\)", str(error))
+    if isinstance(error, SafetensorError) or (type(error) is Exception and by_system):
+        return by_system[1].strip() if by_system else str(error)
+    return None
+
+
+def flush(directory: Path) -> None:
+    """Force a directory, with everything in it, to the disk."""
+    for path in (*directory.rglob("*"), directory):
+        flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Force one file, or the names in one directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

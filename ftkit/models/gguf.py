@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
 
 from ftkit.data.cache import cache_directory
-from ftkit.errors import KeyPath, StorageError, UserError
-from ftkit.models.files import CONFIG_NAME, hash_files
+from ftkit.errors import KeyPath, UserError
+from ftkit.models.files import CONFIG_NAME, hash_files, storage_errors
 from ftkit.models.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -43,17 +43,13 @@ def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:
     directory = cache_directory() / "gguf" / hash_files([path]).removeprefix("sha256:")
     if (directory / CONFIG_NAME).is_file():
         return directory
-    try:
+    what, how = f"cannot write the converted model to {directory.parent}", "free space there, or set FTKIT_CACHE"
+    with storage_errors(what, how=how):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=directory.parent) as staging:
             finished = Path(staging) / "model"
             _write_directory(path, finished, key=key)
             _rename(finished, directory)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the converted model to {directory.parent}: {error.strerror or error}",
-            how="free space there, or name another place with FTKIT_CACHE",
-        ) from None
     return directory
 
 

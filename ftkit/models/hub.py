@@ -26,24 +26,21 @@ from huggingface_hub.errors import HTTPError as AnyHttpError  # type: ignore[att
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from ftkit.errors import FtkitError, KeyPath, NetworkError, StorageError, UserError
-from ftkit.models.files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, check_model_directory, no_weights, shard_names
+from ftkit.models.files import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    INDEX_NAME,
+    TOKENIZER_PATTERNS,
+    WEIGHTS_NAME,
+    check_model_directory,
+    no_weights,
+    shard_names,
+)
 
 BASE_KEY: KeyPath = ("base_model",)
 REVISION_KEY: KeyPath = ("model", "revision")
 
-SMALL_FILES = [
-    CONFIG_NAME,
-    INDEX_NAME,
-    "generation_config.json",
-    "tokenizer*",
-    "*.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-]
+SMALL_FILES = [CONFIG_NAME, INDEX_NAME, GENERATION_CONFIG_NAME, *TOKENIZER_PATTERNS]
 """Configuration, index of the weights, tokenizer, chat templates."""
 
 REQUEST_TIMEOUT = 10.0

@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from ftkit.errors import UserError
-from ftkit.models.files import CONFIG_NAME, check_model_directory, hash_files, read_json, weight_files
+from ftkit.models.files import CONFIG_NAME, check_model_directory, read_json, weight_files
 from ftkit.models.gguf import convert_gguf
+from ftkit.models.hashes import hash_once
 from ftkit.models.hub import BASE_KEY, REVISION_KEY, UnknownModelError, fetch, resolve_commit
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.schema import ModelSection
@@ -187,12 +188,15 @@ def load_weights(base: BaseModel, *, dtype: torch.dtype, attn_implementation: st
     return model
 
 
-def fingerprint(base: BaseModel) -> str:
+def fingerprint(base: BaseModel, *, remembered: bool = False) -> str:
     """ "sha256:HEX" over the bytes of the weight files in the order of their names, wherever they lie.
 
     A hub model's is that of its commit; the same files in a directory have the same fingerprint.
+
+    Args:
+        remembered: a large model that does not look changed since it was hashed is not read again.
     """
-    return hash_files(weight_files(local_directory(base, weights=True), key=BASE_KEY))
+    return hash_once(weight_files(local_directory(base, weights=True), key=BASE_KEY), remembered=remembered)
 
 
 def choose_compute_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:

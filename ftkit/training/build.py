@@ -5,34 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ftkit.console import Console, human_bytes, human_count
-from ftkit.distributed import World, whole
+from ftkit.distributed import World
 from ftkit.methods.base import Method, Report, report
-from ftkit.methods.files import BaseIdentity
+from ftkit.methods.files import BaseIdentity, check_base, identify
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import describe
 from ftkit.models.isolation import Isolation, choose_packing
-from ftkit.models.load import choose_compute_dtype, fingerprint, load_weights
+from ftkit.models.load import choose_compute_dtype, load_weights
 from ftkit.models.objective import Objective
 from ftkit.models.precision import compute_in
 from ftkit.recipe.schema import Recipe
-from ftkit.runs import CHECKPOINTS, MetricsFile
-from ftkit.training.checkpoint import (
-    Checkpoint,
-    load_optimizer,
-    load_random,
-    optimizer_tensors,
-    random_tensors,
-    rotate,
-    write_checkpoint,
-)
+from ftkit.runs import MetricsFile, recorded_base
+from ftkit.training.checkpoint import Checkpoint, load_optimizer, load_random
 from ftkit.training.loop import Loop
 from ftkit.training.optim import make_optimizer
 from ftkit.training.prepare import Prepared, pad_id
-from ftkit.training.result import result_name, write_weights
+from ftkit.training.result import result_name
+from ftkit.training.saver import Saver
 from ftkit.training.state import LoopState
 
 TOKENS_ON_GPU, TOKENS_ON_CPU = 8192, 2048
@@ -83,84 +76,52 @@ def build(
     """Load the base, apply the method, prove isolation, wrap for the processes at hand and restore the state.
 
     Raises:
-        UserError: targets that match nothing, packing required but not possible, a base that cannot be loaded.
+        UserError: targets that match nothing, packing required but not possible, a base that cannot be loaded, or whose
+            weights are not those that the checkpoint was trained on.
     """
     recipe, plan = prepared.recipe, prepared.plan
     method = METHODS[recipe.method.type]
-    sharded = world.size > 1 and recipe.training.parallel == "fsdp"
     compute_dtype, reason = choose_compute_dtype(recipe.model.dtype, world.device)
-    storage_dtype = torch.float32 if method.name == "full" else compute_dtype
 
     # 1. How documents share a row, which decides the attention function.
     isolation = choose_packing(prepared.config, packing=recipe.data.packing, requested=recipe.model.attn_implementation)
 
     # 2. Weights and what trains of them. Every rank draws dropout of its own.
-    model = load_weights(prepared.base, dtype=storage_dtype, attn_implementation=isolation.attn_implementation)
-    identity = BaseIdentity(
-        str(prepared.base.path or prepared.base.repo_id), prepared.base.revision, fingerprint(prepared.base)
-    )
-    if checkpoint is None:
-        method.apply(model, recipe.method, seed=recipe.seed)
-    else:
-        method.load(model, checkpoint.path / result_name(method))
+    identity = identify(prepared.base)
+    if checkpoint is not None and (trained_on := recorded_base(run)) is not None:
+        check_base(checkpoint.path, trained_on, identity)
+    model = _model_with_method(prepared, method, compute_dtype, isolation, checkpoint)
     torch.manual_seed(recipe.seed + world.rank)
     counts = report(model)
-    if not (sharded and method.name == "full"):
-        # Where every weight trains and is sharded, FSDP's own policy gathers them in the compute dtype.
-        compute_in(model, compute_dtype)
-    if recipe.training.gradient_checkpointing is True:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.config.use_cache = False
-    # Not used in training; transformers would refuse to save some that models ship. Ours is written beside.
-    model.generation_config = GenerationConfig()
+    sharded = world.size > 1 and recipe.training.parallel == "fsdp"
+    _set_for_training(model, recipe, compute_in_dtype=None if sharded and method.name == "full" else compute_dtype)
 
-    # 3. The root module, on its device, for one process or many.
+    # 3. The root module, on its device, for one process or many. A model that is to be sharded waits on the CPU, since
+    # one device may not hold it; sharding moves it block by block.
+    if not sharded:
+        # transformers types its own `to` for quantized models only.
+        nn.Module.to(model, world.device)
     objective = Objective(model, num_datasets=len(plan.dataset_names), packed_attention=isolation.rung == "ftkit")
-    objective.to(world.device)
-    prepared_module: nn.Module
     if sharded:
-        blocks = describe(model).blocks
+        # None: each weight in its own precision.
         param_dtype = compute_dtype if method.name == "full" else None
-        prepared_module = world.shard(objective, blocks, param_dtype=param_dtype)
+        root = world.shard(objective, describe(model).blocks, param_dtype=param_dtype)
     else:
-        prepared_module = world.replicate(objective)
+        root = world.replicate(objective)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    # 4. Optimizer, and the state of the checkpoint.
+    # 4. Optimizer, the state of the checkpoint, and how the next ones are written.
     optimizer = make_optimizer(parameters, recipe.training)
     state = LoopState.fresh(len(plan.dataset_names))
     if checkpoint is not None:
-        state = LoopState.from_json(checkpoint.state)
-        load_optimizer(optimizer, parameters, checkpoint.path)
-        load_random(checkpoint.path, world)
-
-    def save(loop_state: LoopState) -> None:
-        loop_state.metrics_lines = world.broadcast(metrics.lines)
-        weights = {name: tensor.to("cpu") for name, tensor in method.trained_state(model, gather=whole).items()}
-        moments, random = optimizer_tensors(optimizer, parameters), random_tensors(world)
-        world.on_main(lambda: _write(weights, moments, random, loop_state))
-
-    def _write(
-        weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], random: Mapping[str, Tensor], s: LoopState
-    ) -> None:
-        directory = run / CHECKPOINTS
-        path = write_checkpoint(
-            directory,
-            s.step,
-            write_weights=lambda staging: write_weights(staging, model, method, prepared, identity, weights),
-            optimizer=moments,
-            random=random,
-            state=s.to_json() | {"plan": plan.fingerprint},
-        )
-        best = directory / f"step-{s.best_step:08d}" if s.best_step is not None else None
-        rotate(directory, keep=recipe.training.save_total_limit, best=best)
-        console.debug(f"checkpoint {path}")
+        state = _restore(checkpoint, optimizer, parameters, world)
+    save = Saver(prepared, world, console, metrics, run, method, model, identity, optimizer, parameters)
 
     loop = Loop(
         section=recipe.training,
         plan=plan,
         world=world,
-        objective=prepared_module,
+        objective=root,
         parameters=parameters,
         optimizer=optimizer,
         max_tokens=tokens_per_device(recipe, world.device),
@@ -171,7 +132,56 @@ def build(
         save=save,
     )
     precision = _precision_in_words(counts, compute_dtype, reason)
-    return Built(loop, state, model, method, identity, isolation, counts, precision, objective.notes)
+    notes = (*objective.notes, *_notes_on_sharing(recipe, world))
+    return Built(loop, state, model, method, identity, isolation, counts, precision, notes)
+
+
+def _model_with_method(
+    prepared: Prepared,
+    method: Method,
+    compute_dtype: torch.dtype,
+    isolation: Isolation,
+    checkpoint: Checkpoint | None,
+) -> PreTrainedModel:
+    """The base with what trains of it: fresh from the recipe, or as the checkpoint holds it."""
+    model = load_weights(
+        prepared.base,
+        dtype=torch.float32 if method.name == "full" else compute_dtype,
+        attn_implementation=isolation.attn_implementation,
+    )
+    if checkpoint is None:
+        method.apply(model, prepared.recipe.method, seed=prepared.recipe.seed)
+    else:
+        method.load(model, checkpoint.path / result_name(method))
+    return model
+
+
+def _set_for_training(model: PreTrainedModel, recipe: Recipe, *, compute_in_dtype: torch.dtype | None) -> None:
+    """Casts where trained weights are used, checkpointing of activations, and no cache of keys and values.
+
+    Args:
+        compute_in_dtype: None where every weight trains and is sharded: FSDP's own policy gathers them in the compute
+            dtype.
+    """
+    if compute_in_dtype is not None:
+        compute_in(model, compute_in_dtype)
+    if recipe.training.gradient_checkpointing is True:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.config.use_cache = False
+    # Not used in training; transformers would refuse to save some that models ship. Ours is written beside.
+    model.generation_config = GenerationConfig()
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    world: World,
+) -> LoopState:
+    """Optimizer and generators as the checkpoint holds them, and the loop's state of it."""
+    load_optimizer(optimizer, parameters, checkpoint.path)
+    load_random(checkpoint.path, world)
+    return LoopState.from_json(checkpoint.state)
 
 
 def tokens_per_device(recipe: Recipe, device: torch.device) -> int:
@@ -180,6 +190,12 @@ def tokens_per_device(recipe: Recipe, device: torch.device) -> int:
     if asked == "auto":
         return max(recipe.data.max_length, TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU)
     return asked
+
+
+def _notes_on_sharing(recipe: Recipe, world: World) -> tuple[str, ...]:
+    if world.size == 1 and recipe.training.parallel == "fsdp":
+        return ("training.parallel: fsdp shards over several processes; this one holds everything itself",)
+    return ()
 
 
 def _precision_in_words(counts: Report, compute: torch.dtype, reason: str) -> str:

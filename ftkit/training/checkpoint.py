@@ -7,12 +7,13 @@
         state.json               step, best evaluation, open sums
         manifest.json            size and SHA-256 of every other file, written last
 
-No pickle file is written or read.
+No pickle file is written or read. Whatever else lies beside checkpoints is the user's, such as those that `--from` sets
+aside as `step-00000100.old-1`: it is never read, counted or removed.
 """
 
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ftkit.distributed import World, place_like, whole
-from ftkit.errors import StorageError, UserError
+from ftkit.errors import UserError
+from ftkit.models.files import flush, flush_entry, storage_errors
 from ftkit.runs import move_aside
 
 MANIFEST, STATE, OPTIMIZER, RANDOM = "manifest.json", "state.json", "optimizer.safetensors", "random.safetensors"
 STAGING = ".staging-"
+_NAME = re.compile(r"step-(\d{8,})")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state of one parameter."""
 
@@ -64,36 +67,32 @@ def write_checkpoint(
     Raises:
         StorageError: the disk is full or cannot be written; older checkpoints are untouched.
     """
-    final = directory / f"step-{step:08d}"
+    final = directory / checkpoint_name(step)
     staging = directory / f"{STAGING}{step:08d}"
+    what, how = f"cannot write the checkpoint of step {step}", "free some space and go on with --resume"
     try:
+        with storage_errors(what, how=f"{how}; older checkpoints are intact", where=str(final)):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            write_weights(staging)
+            save_file(dict(optimizer), staging / OPTIMIZER)
+            save_file(dict(random), staging / RANDOM)
+            (staging / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
+            files = sorted(path for path in staging.rglob("*") if path.is_file())
+            for path in files:
+                # safetensors writes files that only their owner may read, whatever the umask.
+                path.chmod(staging.stat().st_mode & 0o666)
+            manifest = {path.relative_to(staging).as_posix(): _measure(path) for path in files}
+            (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            flush(staging)
+            if final.exists():
+                # The same step again, after a resume from an older checkpoint: the new one replaces it.
+                shutil.rmtree(final)
+            staging.rename(final)
+            flush_entry(directory)
+    finally:
+        # Nothing of a failed or interrupted save stays.
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        write_weights(staging)
-        save_file(dict(optimizer), staging / OPTIMIZER)
-        save_file(dict(random), staging / RANDOM)
-        (staging / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
-        for path in files:
-            # safetensors writes files that only their owner may read, whatever the umask.
-            path.chmod(staging.stat().st_mode & 0o666)
-        manifest = {path.relative_to(staging).as_posix(): _measure(path) for path in files}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in (*files, staging / MANIFEST, *(p for p in staging.rglob("*") if p.is_dir()), staging):
-            _flush(path)
-        if final.exists():
-            # The same step again, after a resume from an older checkpoint: the new one replaces it.
-            shutil.rmtree(final)
-        staging.rename(final)
-        _flush(directory)
-    except (OSError, SafetensorError) as error:
-        # safetensors has an error of its own for a full disk.
-        shutil.rmtree(staging, ignore_errors=True)
-        raise StorageError(
-            f"cannot write the checkpoint of step {step}: {(isinstance(error, OSError) and error.strerror) or error}",
-            where=str(final),
-            how="free some space and go on with --resume; older checkpoints are intact",
-        ) from error
     return final
 
 
@@ -101,8 +100,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint whose files all have the size and hash of its manifest.
 
     Raises:
-        UserError: it is none, is incomplete or has changed.
+        UserError: it is none, was set aside or renamed, is incomplete or has changed.
     """
+    path = path.resolve()
+    if not _NAME.fullmatch(path.name):
+        how = "name a step-XXXXXXXX, or rename this one back, moving another of its step out of the way"
+        raise UserError("not a checkpoint's name: it was set aside, or is a copy", where=str(path), how=how)
     problem = find_damage(path)
     if problem is not None:
         raise UserError(f"not a valid checkpoint: {problem}", where=str(path), how="name another with --from")
@@ -117,18 +120,33 @@ def find_damage(path: Path) -> str | None:
         return "it has no manifest.json"
     except (OSError, ValueError) as error:
         return f"its manifest.json cannot be read ({error})"
+    if not isinstance(manifest, dict) or not {OPTIMIZER, RANDOM, STATE} <= manifest.keys():
+        return "its manifest.json does not list its files"
     for name, expected in manifest.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"] or _measure(file) != expected:
-            return f"{name} has changed"
+        try:
+            if _measure(file) != expected:
+                return f"{name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
+def checkpoint_name(step: int) -> str:
+    """Name of the directory of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir() and path.suffix == "")
+    """Published checkpoints, oldest first; copies and those set aside have other names and are none."""
+    steps = {
+        int(named[1]): path
+        for path in directory.glob("step-*")
+        if path.is_dir() and (named := _NAME.fullmatch(path.name))
+    }
+    return [steps[step] for step in sorted(steps)]
 
 
 def newest_verified(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -143,9 +161,10 @@ def newest_verified(directory: Path, warn: Callable[[str], None]) -> Checkpoint 
 
 def set_aside_later(checkpoint: Checkpoint) -> None:
     """Rename the checkpoints of later steps to `NAME.old-1`: a run that goes on from here will write its own."""
-    for path in list_checkpoints(checkpoint.path.parent):
-        if path.name > checkpoint.path.name:
-            move_aside(path)
+    checkpoints = list_checkpoints(checkpoint.path.parent)
+    names = [path.name for path in checkpoints]
+    for path in checkpoints[names.index(checkpoint.path.name) + 1 :]:
+        move_aside(path)
 
 
 def rotate(directory: Path, *, keep: int, best: Path | None) -> None:
@@ -196,18 +215,27 @@ def random_tensors(world: World) -> dict[str, Tensor]:
     return {f"{rank}.{kind}": state for rank, part in enumerate(states) for kind, state in part.items()}
 
 
-def load_random(path: Path, world: World) -> None:
-    """Restore this rank's generators."""
-    tensors = load_file(path / RANDOM)
-    needed = [f"{rank}.{kind}" for rank in range(world.size) for kind in {"cpu", world.device.type}]
-    if set(needed) != set(tensors):
-        processes = len({name.split(".")[0] for name in tensors})
-        kind = "GPU" if any(name.endswith("cuda") for name in tensors) else "CPU"
+def check_world(checkpoint: Checkpoint, world: World) -> None:
+    """Check that a run on these processes can go on from the checkpoint: each has its generators in it.
+
+    Raises:
+        UserError: it was written by another number of processes, or on another kind of device.
+    """
+    with safe_open(checkpoint.path / RANDOM, framework="pt") as file:
+        names = set(file.keys())
+    if names != {f"{rank}.{kind}" for rank in range(world.size) for kind in ("cpu", world.device.type)}:
+        processes = len({name.split(".")[0] for name in names})
+        kind = "GPU" if any(name.endswith("cuda") for name in names) else "CPU"
         raise UserError(
-            f"{path} was written by {processes} process(es) on {kind}, and this run has {world.size} on "
+            f"{checkpoint.path} was written by {processes} process(es) on {kind}, and this run has {world.size} on "
             f"{world.device.type}",
             how=f"go on with --num-processes {processes} on the same kind of device",
         )
+
+
+def load_random(path: Path, world: World) -> None:
+    """Restore this rank's generators."""
+    tensors = load_file(path / RANDOM)
     torch.set_rng_state(tensors[f"{world.rank}.cpu"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(tensors[f"{world.rank}.cuda"], world.device)
@@ -216,12 +244,3 @@ def load_random(path: Path, world: World) -> None:
 def _measure(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Force a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

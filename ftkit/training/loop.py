@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -53,14 +54,18 @@ class Loop:
 
         Raises:
             NonFiniteError: before the optimizer step that would have used a loss or gradient that is not finite.
-            Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+            Interrupted: SIGINT or SIGTERM came; the step was finished and saved. An evaluation is not waited for: it is
+                made anew when the run goes on, so that this run ends as one without interruptions.
         """
         total, section = len(self.plan.steps), self.section
         log_every, eval_every, save_every = cadence(section, total, validated=bool(self.plan.validation))
-        clock = _Clock(state.step)
         with self.console.progress("training", total=total, completed=state.step) as bar, SignalWatch() as signals:
-            if state.step == 0 and section.eval_on_start and self.plan.validation:
-                self._evaluate(state, saved=False)
+            starts_measured = state.step == 0 and section.eval_on_start and bool(self.plan.validation)
+            if starts_measured or state.awaits_evaluation:
+                self._evaluate(state, signals, saved=self._is_due(state.step, save_every))
+                if state.awaits_evaluation:
+                    self._interrupt(state, signals)
+            clock = _Clock(state.step)
             while state.step < total and not self._stops_early(state):
                 rate = learning_rate(state.step, total, section)
                 for group in self.optimizer.param_groups:
@@ -73,21 +78,23 @@ class Loop:
 
                 examples = self.plan.steps[state.step]
                 state.record_step(loss_sums, self._targets(examples), self._tokens(examples))
-                last = state.step == total
-                if last or state.step % log_every == 0:
+                if self._is_due(state.step, log_every):
                     self._log(state, rate, grad_norm, clock, bar)
-                evaluates = bool(self.plan.validation) and (last or state.step % eval_every == 0)
-                interrupted = self.world.any(signals.received is not None)
-                saves = last or state.step % save_every == 0 or interrupted
+                saves = self._is_due(state.step, save_every)
                 with clock.paused():
-                    if evaluates:
-                        self._evaluate(state, saved=saves)
-                    if saves or self._stops_early(state):
+                    if self.plan.validation and self._is_due(state.step, eval_every):
+                        self._evaluate(state, signals, saved=saves)
+                    interrupted = self._interrupted(signals)
+                    if saves or interrupted or self._stops_early(state):
                         self.save(state)
                 if interrupted:
                     self._interrupt(state, signals)
         if state.step < total:
             self.console.line(f"stopped early: {state.evaluations_without_gain} evaluations without a better metric")
+
+    def _is_due(self, step: int, every_steps: int) -> bool:
+        """Whether something done every so many steps, and after the last one, is done after `step`."""
+        return step == len(self.plan.steps) or (step > 0 and step % every_steps == 0)
 
     def _stops_early(self, state: LoopState) -> bool:
         patience = self.section.early_stopping_patience
@@ -130,9 +137,13 @@ class Loop:
             how="nothing of it was saved: lower training.learning_rate or look at these rows, then go on with --resume",
         )
 
-    def _evaluate(self, state: LoopState, *, saved: bool) -> None:
+    def _evaluate(self, state: LoopState, signals: SignalWatch, *, saved: bool) -> None:
+        """Measure, record and show it, or leave the state waiting for it where a signal comes."""
         started = time.perf_counter()
-        values = self.evaluate()
+        values = self.evaluate(lambda: self._interrupted(signals))
+        if values is None:
+            state.awaits_evaluation = True
+            return
         if not all(map(math.isfinite, values.values())):
             raise NonFiniteError(
                 f"the validation loss after step {state.step} is not finite",
@@ -146,8 +157,11 @@ class Loop:
         self.console.line(f"step {state.step}/{len(self.plan.steps)}  {parts}{best}")
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """`eval_loss`, the token-weighted mean over all validation rows, and `eval_loss_NAME` for each data set."""
+    def evaluate(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        """`eval_loss`, the token-weighted mean over all validation rows, and `eval_loss_NAME` for each data set.
+
+        `interrupted` is asked before every batch, by all processes alike; None once it says so.
+        """
         self.objective.eval()
         losses: dict[str, float] = {}
         total_loss = total_targets = 0.0
@@ -161,13 +175,14 @@ class Loop:
             )
             loss = torch.zeros((), device=self.world.device)
             for batch_examples in batches:
+                if interrupted():
+                    return None
                 batch = collate(batch_examples, packed=self.packed, pad_id=self.pad_id).to(self.world.device)
                 self.tokens_run["evaluation"] += batch.input_ids.numel()
                 loss += self.objective(batch).loss
             loss_sum, targets = float(self.world.sum(loss)), int(examples.num_targets.sum())
             losses[f"eval_loss_{name}"] = loss_sum / targets
             total_loss, total_targets = total_loss + loss_sum, total_targets + targets
-        self.objective.train()
         return {"eval_loss": total_loss / total_targets, **losses}
 
     def _log(self, state: LoopState, rate: float, grad_norm: float, clock: "_Clock", bar: ProgressBar) -> None:
@@ -203,12 +218,15 @@ class Loop:
     def _tokens(self, examples: list[int]) -> int:
         return int(self.plan.examples.num_tokens[examples].sum(dtype=np.int64))
 
-    def _interrupt(self, state: LoopState, signals: SignalWatch) -> None:
+    def _interrupted(self, signals: SignalWatch) -> bool:
+        """Whether a signal came to any process. A collective."""
+        return self.world.any(signals.received is not None)
+
+    def _interrupt(self, state: LoopState, signals: SignalWatch) -> NoReturn:
         # Another rank may have got the signal; all of them report the same one.
         number = max(received or 0 for received in self.world.gather(signals.received))
-        raise Interrupted(
-            f"interrupted; step {state.step} is finished and saved", signal_number=number, how="go on with --resume"
-        )
+        done = f"step {state.step} is finished and saved" if state.step else "before the first step"
+        raise Interrupted(f"interrupted; {done}", signal_number=number, how="go on with --resume")
 
 
 def cadence(section: TrainingSection, total_steps: int, *, validated: bool) -> tuple[int, int, int]:

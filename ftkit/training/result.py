@@ -17,10 +17,10 @@ from ftkit.console import human_bytes
 from ftkit.errors import StorageError
 from ftkit.methods.base import Method
 from ftkit.methods.files import BaseIdentity
-from ftkit.models.files import CONFIG_NAME, read_json
+from ftkit.models.files import CONFIG_NAME, flush, flush_entry, read_json, storage_errors
 from ftkit.models.load import local_directory
 from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, write_json
-from ftkit.training.checkpoint import find_damage
+from ftkit.training.checkpoint import checkpoint_name, find_damage
 from ftkit.training.prepare import Prepared
 from ftkit.training.state import LoopState
 
@@ -80,10 +80,13 @@ def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: M
     """Copy the weights of the best or the last checkpoint to RUN/adapter or RUN/model, under a temporary name first.
 
     A full model is cast from its float32 masters to the precision that the base is stored in.
+
+    Raises:
+        StorageError: the checkpoint is damaged, or the disk is full; nothing was changed.
     """
     final = prepared.recipe.training.final
     step = state.best_step if final == "best" and state.best_step is not None else state.step
-    source = run / CHECKPOINTS / f"step-{step:08d}" / result_name(method)
+    source = run / CHECKPOINTS / checkpoint_name(step) / result_name(method)
     target = run / result_name(method)
     if (damage := find_damage(source.parent)) is not None:
         raise StorageError(
@@ -92,14 +95,21 @@ def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: M
             how="go on from another with --from",
         )
     staging = run / f".staging-{result_name(method)}"
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.copytree(source, staging)
-    if method.name == "full":
-        _cast_model(staging, _stored_dtype(prepared))
-    if target.exists():
-        # Only a run that was interrupted between this rename and its end has one already.
-        shutil.rmtree(target)
-    staging.rename(target)
+    how = "free some space and go on with --resume; the checkpoints are intact"
+    try:
+        with storage_errors("cannot write the run's result", how=how, where=str(target)):
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.copytree(source, staging)
+            if method.name == "full":
+                _cast_model(staging, _stored_dtype(prepared))
+            flush(staging)
+            if target.exists():
+                # Only a run that was interrupted between this rename and its end has one already.
+                shutil.rmtree(target)
+            staging.rename(target)
+            flush_entry(run)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     which = "the last step"
     if state.best_step == step:
         which = f"the best evaluation (step {step}, loss {state.best_metric:.4f})"

@@ -20,6 +20,8 @@ class LoopState:
     """Lowest value among all evaluations; early stopping counts from there."""
     evaluations_without_gain: int = 0
     """Evaluations since `lowest_metric`."""
+    awaits_evaluation: bool = False
+    """Whether the evaluation after `step` was ended by a signal, and is to be made anew before the run goes on."""
     metrics_lines: int = 0
     """Lines of metrics.jsonl when the checkpoint was written."""
     loss_sums: list[float] = field(default_factory=list)
@@ -36,8 +38,8 @@ class LoopState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "LoopState":
-        """The state of a checkpoint; keys that are not the loop's are left to others."""
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        """The state of a checkpoint: keys that are not the loop's are left out, missing ones have their default."""
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -66,7 +68,11 @@ class LoopState:
         return metrics
 
     def record_evaluation(self, metric: float, *, saved: bool) -> None:
-        """Count an evaluation; `saved` says whether a checkpoint of it will be written."""
+        """Count an evaluation; `saved` says whether a checkpoint of its step is part of the run.
+
+        One that only a signal caused is not: the best step must not depend on interruptions.
+        """
+        self.awaits_evaluation = False
         if self.lowest_metric is None or metric < self.lowest_metric:
             self.lowest_metric, self.evaluations_without_gain = metric, 0
         else:

@@ -14,6 +14,7 @@ from ftkit.methods import lora
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.load import BaseModel, find_base, fingerprint, load_weights
 from ftkit.recipe.schema import LoraMethod, ModelSection
+from ftkit.runs import Target
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 IDS = [list(range(5, 45)), list(range(200, 100, -3))]
@@ -33,11 +34,21 @@ class Pair:
         assert self.base.path is not None
         return self.base.path
 
+    @property
+    def target(self) -> Target:
+        """The adapter, as the command line names it."""
+        return Target(str(self.adapter), self.base, self.adapter, self.adapter, None, self.base)
+
     def adapted(self) -> PreTrainedModel:
         """The base with the adapter, float32, in evaluation mode."""
         model = load_weights(self.base, dtype=torch.float32)
         lora.load(model, self.adapter)
         return model
+
+
+def whole_model(model: BaseModel) -> Target:
+    """A model that is nobody's adapter, as the command line names it."""
+    return Target(model.name, model, None, None, None, None)
 
 
 def open_base(directory: Path) -> BaseModel:

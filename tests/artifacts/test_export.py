@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ftkit.methods import adapter as bottleneck
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.load import BaseModel, load_weights
 from ftkit.recipe.schema import AdapterMethod
-from tests.artifacts.adapters import Pair, logits, open_base, write_pair
+from tests.artifacts.adapters import Pair, logits, open_base, whole_model, write_pair
 from tests.models.test_gguf import write_gguf
 from tests.tiny_models import CONFIGS, tiny_model
 
@@ -35,12 +36,12 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", EXPORTERS)
 def test_every_format_keeps_what_exists_and_leaves_nothing_half(name: str, pair: Pair, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "export"
-    EXPORTERS[name](pair.base, pair.adapter, output)
+    EXPORTERS[name](pair.target, output)
     written = contents(output)
     with pytest.raises(UserError, match="exists already"):
-        EXPORTERS[name](pair.base, pair.adapter, output)
+        EXPORTERS[name](pair.target, output)
     assert contents(output) == written
-    EXPORTERS[name](pair.base, pair.adapter, output, overwrite=True)
+    EXPORTERS[name](pair.target, output, overwrite=True)
     assert contents(output) == written == contents(output.with_name("export.old-1"))
     assert sorted(path.name for path in output.parent.iterdir()) == ["export", "export.old-1"]
 
@@ -57,8 +58,8 @@ def test_formats_of_later_and_of_never() -> None:
 
 
 def test_hf_of_a_lora_is_the_merged_model_with_its_proof(pair: Pair, tmp_path: Path) -> None:
-    EXPORTERS["hf"](pair.base, pair.adapter, tmp_path / "export")
-    merge(pair.adapter, pair.base, tmp_path / "merged")
+    EXPORTERS["hf"](pair.target, tmp_path / "export")
+    merge(pair.target, tmp_path / "merged")
     assert contents(tmp_path / "export") == contents(tmp_path / "merged")
     assert "merge_report.json" in contents(tmp_path / "export")
 
@@ -70,7 +71,7 @@ def test_hf_of_a_full_model_is_the_model_with_the_tuned_tokenizer(tmp_path: Path
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (pair.base_directory / "LICENSE").write_text("Apache-2.0")
     (pair.base_directory / "training_state.safetensors").write_text("not of the model")
-    EXPORTERS["hf"](pair.base, None, tmp_path / "export", tokenizer=tmp_path / "tokenizer")
+    EXPORTERS["hf"](replace(whole_model(pair.base), tokenizer=tmp_path / "tokenizer"), tmp_path / "export")
     before, after = contents(pair.base_directory), contents(tmp_path / "export")
     weights = {name for name in before if name.startswith("model")}
     assert len(weights) > 2
@@ -84,7 +85,7 @@ def test_hf_of_a_full_model_is_the_model_with_the_tuned_tokenizer(tmp_path: Path
 
 
 def test_hf_in_another_precision(pair: Pair, tmp_path: Path) -> None:
-    EXPORTERS["hf"](pair.base, None, tmp_path / "export", dtype=torch.bfloat16)
+    EXPORTERS["hf"](whole_model(pair.base), tmp_path / "export", dtype=torch.bfloat16)
     before = load_file(pair.base_directory / "model.safetensors")
     after = load_file(tmp_path / "export" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -96,7 +97,7 @@ def test_hf_of_a_gguf_is_a_float32_directory(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
     original = tiny_model("llama")
     base = open_base(write_gguf(tmp_path / "tiny.gguf", original))
-    EXPORTERS["hf"](base, None, tmp_path / "export")
+    EXPORTERS["hf"](whole_model(base), tmp_path / "export")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert model.dtype == torch.float32
     assert torch.equal(logits(model)[0], logits(original)[0])
@@ -105,7 +106,7 @@ def test_hf_of_a_gguf_is_a_float32_directory(tmp_path: Path, monkeypatch: pytest
 
 def test_hf_of_a_bottleneck_adapter_says_what_to_do_instead(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--format adapter"):
-        EXPORTERS["hf"](pair.base, write_bottleneck(pair, tmp_path), tmp_path / "export")
+        EXPORTERS["hf"](replace(pair.target, adapter=write_bottleneck(pair, tmp_path)), tmp_path / "export")
 
 
 def test_a_failed_proof_is_no_export(pair: Pair, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_a_failed_proof_is_no_export(pair: Pair, tmp_path: Path) -> None:
     file = half.adapter / "adapter_model.safetensors"
     save_file({name: tensor * 1e4 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(CheckFailedError):
-        EXPORTERS["hf"](half.base, half.adapter, tmp_path / "export")
+        EXPORTERS["hf"](half.target, tmp_path / "export")
     assert not (tmp_path / "export").exists()
     assert (tmp_path / "export.rejected").is_dir()
 
@@ -125,7 +126,7 @@ def test_a_failed_proof_is_no_export(pair: Pair, tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_peft_loads_an_exported_adapter_with_equal_logits(architecture: str, tmp_path: Path) -> None:
     pair = write_pair(tmp_path, architecture)
-    EXPORTERS["adapter"](pair.base, pair.adapter, tmp_path / "export")
+    EXPORTERS["adapter"](pair.target, tmp_path / "export")
     base = AutoModelForCausalLM.from_pretrained(pair.base_directory)
     plain = logits(base)
     with_peft = logits(PeftModel.from_pretrained(base, tmp_path / "export"))
@@ -137,28 +138,28 @@ def test_peft_loads_an_exported_adapter_with_equal_logits(architecture: str, tmp
 def test_an_exported_adapter_holds_its_own_files_and_no_others(pair: Pair, tmp_path: Path) -> None:
     (pair.adapter / "optimizer.safetensors").write_text("of a checkpoint")
     before = contents(pair.adapter)
-    EXPORTERS["adapter"](pair.base, pair.adapter, tmp_path / "export")
+    EXPORTERS["adapter"](pair.target, tmp_path / "export")
     del before["optimizer.safetensors"]
     assert contents(tmp_path / "export") == before
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(before)
     # It merges as the original does.
-    merge(tmp_path / "export", pair.base, tmp_path / "merged")
+    merge(replace(pair.target, adapter=tmp_path / "export"), tmp_path / "merged")
 
 
 def test_bottleneck_adapters_are_exported_too(pair: Pair, tmp_path: Path) -> None:
     directory = write_bottleneck(pair, tmp_path)
-    EXPORTERS["adapter"](pair.base, directory, tmp_path / "export")
+    EXPORTERS["adapter"](replace(pair.target, adapter=directory, tokenizer=directory), tmp_path / "export")
     assert contents(tmp_path / "export") == contents(directory)
 
 
 def test_what_is_no_adapter_is_refused(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no adapter; --format hf"):
-        EXPORTERS["adapter"](pair.base, None, tmp_path / "export")
+        EXPORTERS["adapter"](whole_model(pair.base), tmp_path / "export")
     with pytest.raises(UserError, match="keeps its own precision"):
-        EXPORTERS["adapter"](pair.base, pair.adapter, tmp_path / "export", dtype=torch.bfloat16)
+        EXPORTERS["adapter"](pair.target, tmp_path / "export", dtype=torch.bfloat16)
     (pair.adapter / "adapter_model.safetensors").write_bytes(b"half a file")
     with pytest.raises(UserError, match="is damaged"):
-        EXPORTERS["adapter"](pair.base, pair.adapter, tmp_path / "export")
+        EXPORTERS["adapter"](pair.target, tmp_path / "export")
     assert not (tmp_path / "export").exists()
 
 
@@ -172,7 +173,7 @@ def test_hub_models_are_exported_from_their_snapshot(
         (snapshot / path.name).symlink_to(path)
     monkeypatch.setattr("ftkit.models.load.fetch", lambda *arguments, **keywords: snapshot)
     base = BaseModel("org/good", repo_id="org/good", revision="0" * 40)
-    EXPORTERS["hf"](base, None, tmp_path / "export")
+    EXPORTERS["hf"](whole_model(base), tmp_path / "export")
     assert not any(path.is_symlink() for path in (tmp_path / "export").iterdir())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "export")
 

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ftkit import cli
 from ftkit.commands.eval import evaluate
 from ftkit.commands.export import export
 from ftkit.commands.merge import merge
@@ -80,6 +81,13 @@ def test_eval_runs_a_suite_on_any_model(run, tmp_path):
     assert {result["model"] for result in report["results"]} == {"/".join(base.parts[-2:]), "runs/recipe-1"}
     with pytest.raises(UserError, match="--suite"):
         evaluate(str(base))
+
+
+def test_where_eval_cannot_write_it_says_so_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name in ("file/x.json", "file/a/x.json"):
+        assert cli.run(["eval", str(tmp_path / "no-model"), "--output", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith(f"ftkit: error: {tmp_path}/file")
 
 
 def test_export_writes_what_others_load(run, tmp_path):

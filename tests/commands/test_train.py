@@ -7,13 +7,15 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ftkit.commands.train import train
 from ftkit.errors import NonFiniteError, UserError
+from ftkit.lock import RunLock
 from ftkit.recipe.load import load_recipe
-from tests.tiny_models import CHATML
+from ftkit.training.optim import learning_rate
+from tests.tiny_models import CHATML, save_tiny
 from tests.tiny_runs import METHODS, cli_command, cli_environment, losses, read_metrics, run_cli, write_recipe
 
 
@@ -158,6 +160,108 @@ def test_from_a_checkpoint_the_later_ones_are_set_aside(tiny):
     }  # fmt: skip
 
 
+CONSTANT = ("training.lr_scheduler_type=constant", "training.warmup_steps=0", "training.eval_steps=2")
+
+
+def test_a_finished_run_goes_on_as_a_longer_one(tiny, capsys):
+    recipe, runs = tiny
+    train(recipe, [*CONSTANT, "training.max_steps=4"])
+    train(recipe, [*CONSTANT, "training.max_steps=6"])
+    short, full = runs / "recipe-1", runs / "recipe-2"
+    before = sha(weights(short, "lora"))
+    for name in ("merged", "export"):
+        (short / name).mkdir()
+    full.rename(recipe.parent / "full")
+    full = recipe.parent / "full"
+    capsys.readouterr()
+
+    train(recipe, [*CONSTANT, "training.max_steps=6"], resume=True)
+    shown = capsys.readouterr().out
+    assert f"going on with {short} after step 4" in shown
+    assert "the run has 6 steps in place of 4: from here on the learning rate is that of the longer run" in shown
+    assert sha(weights(short, "lora")) == sha(weights(full, "lora"))
+    assert read_metrics(short) == read_metrics(full)
+    # The old result, and what was made of it, are kept, and no longer the run's.
+    assert sha(short / "adapter.old-1" / "adapter_model.safetensors") == before
+    assert {"merged.old-1", "export.old-1"} < {path.name for path in short.iterdir()}
+    assert not (short / "merged").exists()
+    assert load_recipe(short / "recipe.yaml").recipe.training.max_steps == 6
+    assert json.loads((short / "environment.json").read_text())["optimizer_steps"] == 6
+
+    # It is a run of 6 steps now: finished for whoever asks for 6, and none of 4.
+    train(recipe, [*CONSTANT, "training.max_steps=6"], resume=True)
+    assert "finished already" in capsys.readouterr().out
+    assert {path.name for path in runs.iterdir()} == {"recipe-1"}
+    train(recipe, [*CONSTANT, "training.max_steps=4"], resume=True)
+    assert "no run of this recipe" in capsys.readouterr().out
+    assert sha(weights(runs / "recipe-2", "lora")) == before
+
+
+def test_a_longer_run_takes_its_own_learning_rates_from_the_checkpoint_on(tiny):
+    recipe, runs = tiny
+    train(recipe, ["training.num_train_epochs=1", "training.max_steps=null"])
+    run = runs / "recipe-1"
+    checkpoint = next(iter(sorted((run / "checkpoints").iterdir())))
+    begun = int(checkpoint.name[-8:])
+    train(recipe, ["training.num_train_epochs=2", "training.max_steps=null"], checkpoint=checkpoint)
+    rates = {line["step"]: line["learning_rate"] for line in read_metrics(run) if "loss" in line}
+    section, total = load_recipe(run / "recipe.yaml").recipe.training, max(rates)
+    assert total == 2 * 9
+    assert rates[begun] == learning_rate(begun - 1, 9, section)
+    assert {step: rates[step] for step in rates if step > begun} == {
+        step: learning_rate(step - 1, total, section) for step in range(begun + 1, total + 1)
+    }
+
+
+def test_a_run_that_stopped_early_stops_as_early_when_it_is_longer(tiny, capsys):
+    recipe, runs = tiny
+    stops = ["training.learning_rate=0.5", "training.eval_steps=3", "training.early_stopping_patience=2"]
+    train(recipe, [*stops, "training.max_steps=60"])
+    before = read_metrics(runs / "recipe-1")
+    train(recipe, [*stops, "training.max_steps=90"], resume=True)
+    assert "stopped early after step" in capsys.readouterr().out
+    assert read_metrics(runs / "recipe-1") == before
+    assert weights(runs / "recipe-1", "lora").exists()
+
+
+def test_what_fails_before_the_first_step_leaves_everything_as_it_was(tiny):
+    recipe, runs = tiny
+    overrides = [f"output_dir={runs / 'mine'}"]
+    train(recipe, overrides)
+    before = {path: sha(path) for path in runs.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"method\.targets"):
+        train(recipe, [*overrides, "method.targets=[nothing]"], overwrite=True)
+    assert {path: sha(path) for path in runs.rglob("*") if path.is_file()} == before
+    # A checkpoint that cannot be gone on with: the result and the later checkpoint stay.
+    random = runs / "mine" / "checkpoints" / "step-00000003" / "random.safetensors"
+    save_file({"0.cpu": torch.get_rng_state(), "1.cpu": torch.get_rng_state()}, random)
+    manifest = json.loads((random.parent / "manifest.json").read_text())
+    manifest[random.name] = {"bytes": random.stat().st_size, "sha256": sha(random)}
+    (random.parent / "manifest.json").write_text(json.dumps(manifest))
+    names = {path for path in runs.rglob("*")}
+    with pytest.raises(UserError, match="was written by 2 process"):
+        train(recipe, overrides, checkpoint=random.parent)
+    assert {path for path in runs.rglob("*")} == names
+
+
+def test_a_run_that_another_process_trains_is_refused_and_untouched(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    run = runs / "recipe-1"
+    (run / "adapter").rename(run / "gone")
+    other, before = RunLock(), {path for path in run.rglob("*")}
+    other.take(run / "train.log", pytest.fail)
+    for options in ({"resume": True}, {"checkpoint": run / "checkpoints" / "step-00000003"}):
+        with pytest.raises(UserError, match="recipe-1 is being trained by another process"):
+            train(recipe, [], **options)
+        assert {path for path in run.rglob("*")} == before
+    other.release()
+    train(recipe, [], resume=True)
+    assert sha(weights(run, "lora")) == sha(run / "gone" / "adapter_model.safetensors")
+    # An ended run holds no lock.
+    train(recipe, [], checkpoint=run / "checkpoints" / "step-00000003")
+
+
 def test_from_refuses_another_recipe_and_a_checkpoint_outside_a_run(tiny):
     recipe, runs = tiny
     train(recipe, [])
@@ -192,6 +296,16 @@ def test_changed_data_is_not_resumed(tiny):
     rows.write_text(rows.read_text().replace("Say", "Tell"))
     with pytest.raises(UserError, match="not the one"):
         train(recipe, [], checkpoint=runs / "recipe-1" / "checkpoints" / "step-00000003")
+
+
+def test_a_base_that_has_changed_is_not_gone_on_with(tiny):
+    recipe, runs = tiny
+    train(recipe, [])
+    save_tiny(recipe.parent / "base-llama", seed=7)
+    names = {path for path in runs.rglob("*")}
+    with pytest.raises(UserError, match=r"step-00000003 was trained on .*base-llama \(sha256:\w+\), and the"):
+        train(recipe, [], checkpoint=runs / "recipe-1" / "checkpoints" / "step-00000003")
+    assert {path for path in runs.rglob("*")} == names
 
 
 def test_a_taken_directory_is_refused_and_untouched_or_moved_aside(tiny):
@@ -284,6 +398,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny, overrides, message):
     assert result.stderr.startswith("ftkit: error: ")
     assert message in result.stderr
     assert not runs.exists() or not list(runs.iterdir())
+
+
+def test_shards_of_one_process_are_worth_a_note(tiny, capsys):
+    recipe, _ = tiny
+    train(recipe, ["training.parallel=ddp"])
+    assert "fsdp" not in capsys.readouterr().out
+    train(recipe, ["training.parallel=fsdp"])
+    assert "\nnote       training.parallel: fsdp shards over several processes" in capsys.readouterr().out
 
 
 def test_a_full_model_is_stored_in_the_precision_of_its_base(tmp_path, monkeypatch):

@@ -131,11 +131,12 @@ def test_an_empty_micro_batch_is_a_document_without_targets(packed: bool) -> Non
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_to_moves_every_tensor(packed: bool) -> None:
+def test_to_moves_every_tensor_but_the_bounds(packed: bool) -> None:
     batch = collate([encoded([5, 6], [1])], packed=packed, pad_id=PAD).to("meta")
     tensors = [batch.input_ids, batch.position_ids, batch.target_positions, batch.target_ids, batch.target_datasets]
-    tensors.append(batch.cu_seq_lens if packed else batch.attention_mask)
+    tensors += [] if packed else [batch.attention_mask]
     assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert (batch.cu_seq_lens.device.type == "cpu") if packed else (batch.cu_seq_lens is None)
 
 
 def test_a_first_token_cannot_be_a_target() -> None:

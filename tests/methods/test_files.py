@@ -9,6 +9,7 @@ from ftkit.methods.files import (
     BOTTLENECK,
     LORA,
     BaseIdentity,
+    check_base,
     lora_config,
     lora_section,
     read_adapter,
@@ -105,3 +106,16 @@ def test_lora_configuration_there_and_back(alpha, written, tmp_path):
     config = lora_config(section, ["k_proj", "q_proj"], fan_in_fan_out=False)
     assert json.dumps(config["lora_alpha"]) == json.dumps(written)
     assert lora_section(json.loads(json.dumps(config)), tmp_path) == section
+
+
+def test_another_base_is_refused_with_both_identities(tmp_path):
+    other = BaseIdentity("org/base", "d" * 40, "sha256:2")
+    with pytest.raises(UserError) as caught:
+        check_base(tmp_path, IDENTITY, other)
+    assert str(caught.value) == (
+        f"{tmp_path} was trained on org/base at abc (sha256:1), and the weights of org/base at {'d' * 12} (sha256:2) "
+        "are others; use org/base as it was then"
+    )
+    # The same weights elsewhere, or an adapter of another tool, which does not say.
+    check_base(tmp_path, IDENTITY, BaseIdentity("./copy", None, "sha256:1"))
+    check_base(tmp_path, BaseIdentity("org/base"), other)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ftkit.data.batches import Batch, collate
@@ -68,6 +68,8 @@ def one_process(case: dict[str, Any], micro_batches: list[list[int]]) -> tuple[d
         losses = objective(batch)
         (losses.loss / total).backward()
         sums += losses.by_dataset
+    if case["max_norm"] is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), case["max_norm"])
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, sums
 
 
@@ -93,6 +95,9 @@ def worker(rank: int, port: int, case: dict[str, Any], file: Path) -> None:
             world.backward(losses.loss * world.size / total)
         sums += losses.by_dataset
     sums = world.sum(sums)
+    if case["max_norm"] is not None:
+        norm = world.clip_grad_norm(model.parameters(), case["max_norm"])
+        assert norm > 2 * case["max_norm"], "a test of clipping clips"
     gradients = {name: whole(p.grad).contiguous() for name, p in model.named_parameters() if p.requires_grad}
     if rank == 1:
         save_file({**gradients, "sums": sums}, file)
@@ -121,6 +126,7 @@ def case_of(parallel: str, **changes: Any) -> dict[str, Any]:
         "packed": True,
         "checkpointing": False,
         "dealt": DEALT,
+        "max_norm": None,
         **changes,
     }
 
@@ -133,6 +139,8 @@ CASES = {
     "lora": {"architecture": "qwen3", "method": "lora"},
     "lora, checkpointed, a rank without targets": {"method": "lora", "checkpointing": True, "dealt": NO_TARGETS},
     "adapter": {"architecture": "mistral", "method": "adapter"},
+    "full, clipped": {"max_norm": 0.1},
+    "lora, clipped": {"method": "lora", "max_norm": 0.1},
 }
 
 
