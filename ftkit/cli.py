@@ -149,6 +149,34 @@ def plan(
 
 
 @app.command()
+def preview(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Only this data set.")] = None,
+    row: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only this row, counted from 0.")] = None,
+    dropped: Annotated[bool, typer.Option("--dropped", help="The rows that were left out, with the reasons.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line: ids, labels, text.")] = False,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Examples of each data set.")] = None,
+    offline: Offline = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show what the model will see: tokens, which of them are trained on, what was dropped and why."""
+    from ftkit.commands.preview import preview as command
+
+    command(
+        recipe,
+        overrides or [],
+        dataset=dataset,
+        row=row,
+        dropped=dropped,
+        json=json,
+        limit=limit,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
 def merge(
     adapters: Annotated[
         list[str],

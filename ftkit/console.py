@@ -7,7 +7,7 @@ run had a directory is kept until the log opens, and comes first in it.
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, cast
@@ -40,6 +40,15 @@ class Console:
     def line(self, text: str = "", *, style: str = "") -> None:
         """Print one line of plain text; square brackets are not markup."""
         self._print(Text(text, style=style))
+
+    @property
+    def has_colors(self) -> bool:
+        """Whether styles can be seen."""
+        return self._rich.color_system is not None and not self._rich.no_color
+
+    def styled(self, parts: Iterable[tuple[str, str]]) -> None:
+        """Print (text, style) pairs one after another, line breaks inside them included."""
+        self._print(Text.assemble(*parts))
 
     def heading(self, text: str) -> None:
         """Print a line that opens a section."""

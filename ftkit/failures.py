@@ -21,7 +21,6 @@ LATER_VERBS = {
     "doctor": "see environment.json in a run's directory",
     "init": "start from one of the files in recipes/",
     "inspect": "see adapter_config.json in the adapter's directory",
-    "preview": "use `ftkit plan RECIPE`, which counts rows, examples and tokens",
     "verify": "resume with `ftkit train RECIPE --resume`, which takes verified checkpoints only",
 }
 """Verbs of later versions -> what to do until then."""

@@ -120,7 +120,7 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
 
 WRONG = {
     ("trian", "r.yaml"): "there is no verb trian; did you mean train?",
-    ("zzz",): "there is no verb zzz; choose one of train, plan, merge, eval, export, schema",
+    ("zzz",): "there is no verb zzz; choose one of train, plan, preview, merge, eval, export, schema",
     ("train",): "missing argument RECIPE; see ftkit train --help",
     ("train", "r.yaml", "--resum"): "there is no option --resum; did you mean --resume?",
     ("train", "r.yaml", "--zzzz"): "there is no option --zzzz; see ftkit train --help",

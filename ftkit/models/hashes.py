@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ftkit.models.files import hash_files
 from ftkit.data.cache import cache_directory
+from ftkit.models.files import hash_files
 
 WORTH_IT = 1 << 30
 """Bytes; fewer are hashed in a second or two, and nothing is written for them."""

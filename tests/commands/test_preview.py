@@ -1,0 +1,84 @@
+"""`ftkit preview`: what is shown is what is trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ftkit.cli import run
+from ftkit.console import Console
+from ftkit.data.types import IGNORE
+from ftkit.recipe.load import load_recipe
+from ftkit.training.prepare import prepare
+from tests.tiny_runs import write_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = write_recipe(tmp_path, rows=12)
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    rows[3] = json.dumps({"instruction": "Be mute.", "input": "", "output": ""})
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    return path
+
+
+def show(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert run(["preview", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_holds_every_example_that_is_trained_on(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.loads(line) for line in show(capsys, recipe, "--json").splitlines()]
+    prepared = prepare(load_recipe(recipe), Console(quiet=True), offline=True, trust_remote_code=False)
+    plan = prepared.plan
+    trained = [plan.examples[index] for step in plan.steps for index in step]
+    assert {line["row"] for line in lines} == {example.row for example in trained}
+    by_row = {example.row: example.example for example in trained}
+    for line in lines:
+        example = by_row[line["row"]]
+        assert line["dataset"] == "rows"
+        assert line["input_ids"] == example.input_ids.tolist()
+        assert line["labels"] == example.labels.tolist()
+        assert line["text"] == prepared.tokenizer.decode(line["input_ids"])
+        assert line["text"].startswith("<|im_start|>user\nSay ")
+        answer = prepared.tokenizer.decode([label for label in line["labels"] if label != IGNORE])
+        assert answer.endswith("<|im_end|>")
+    # In the order of training, each once.
+    assert [line["row"] for line in lines] == list(dict.fromkeys(example.row for example in trained))
+
+
+def test_without_colours_trained_tokens_stand_in_brackets(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = show(capsys, recipe, "--limit", "1")
+    assert shown.count("⟦") == shown.count("⟧") == 1
+    start, end = shown.index("⟦"), shown.index("⟧")
+    assert shown[:start].endswith("<|im_start|>assistant\n")
+    assert shown[start + 1 : end].endswith("<|im_end|>")
+    assert "tokens" in shown
+    assert "trained on" in shown
+    assert "▁" in shown or "█" in shown
+
+
+def test_a_row_of_choice(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line)["row"] for line in show(capsys, recipe, "--json").splitlines()]
+    assert f"rows row {rows[2]}: " in show(capsys, recipe, "--dataset", "rows", "--row", str(rows[2]))
+    for arguments, message in (
+        (["--row", "3"], "no example comes from row 3; see --dropped"),
+        (["--dataset", "row"], "there is no data set row; choose one of rows"),
+    ):
+        assert run(["preview", str(recipe), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_dropped_rows_with_reasons(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ("data.val_size=0", "training.max_steps=null", "training.num_train_epochs=1")
+    shown = show(capsys, recipe, *overrides, "--dropped")
+    assert shown == "rows row 3: no assistant turn to train on\n1 rows left out\n"
+    line = json.loads(show(capsys, recipe, *overrides, "--dropped", "--json"))
+    assert line == {"dataset": "rows", "row": 3, "reason": "no assistant turn to train on"}
+
+
+def test_no_weights_are_needed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = recipe.parent / "base-llama"
+    weights = next(base.glob("*.safetensors"))
+    weights.write_bytes(b"")
+    show(capsys, recipe)
