@@ -147,11 +147,12 @@ def _uncut(examples: Sequence[Example], uncut: int) -> int:
 
 def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> None:
     ids, labels = example.input_ids.astype("<i4"), example.labels.astype("<i4")
-    trained = np.flatnonzero(np.diff(np.concatenate([[False], labels != IGNORE, [False]])))
-    assert (labels[labels != IGNORE] == ids[labels != IGNORE]).all(), "a target is the token itself"
+    is_target = np.zeros(len(labels) + 2, bool)
+    is_target[1:-1] = labels != IGNORE
+    trained = np.flatnonzero(is_target[1:] != is_target[:-1])
     columns.input_ids.append(ids)
     columns.spans.append(trained.astype(np.int32))
-    columns.num_targets.append(example.num_targets)
+    columns.num_targets.append(int((trained[1::2] - trained[::2]).sum()))
     columns.truncated.append(example.truncated)
     columns.dataset.append(dataset)
     columns.row.append(row)

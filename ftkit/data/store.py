@@ -89,8 +89,16 @@ class _Table:
         elif self._batches and pa.types.is_string(parts[0].type):
             arrays = [np.array(part.to_pylist(), dtype=object) for part in parts]
         else:
-            arrays = [np.asarray(part.cast(pa.uint8()) if pa.types.is_boolean(part.type) else part) for part in parts]
+            arrays = [_numbers(part) for part in parts]
         return np.concatenate(arrays) if arrays else np.empty(0)
+
+
+def _numbers(array: Any) -> np.ndarray:
+    """The values of an Arrow array of numbers without nulls; `np.asarray` would import pandas, which takes a second."""
+    if pa.types.is_boolean(array.type):
+        array = array.cast(pa.uint8())
+    dtype = np.dtype(str(array.type).replace("double", "float64"))
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 class RowStore:
@@ -99,6 +107,7 @@ class RowStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._table = _Table(directory / ROWS)
+        self._last: tuple[pa.RecordBatch | None, list[bytes], list[str]] = (None, [], [])
 
     def __len__(self) -> int:
         return len(self._table)
@@ -109,12 +118,18 @@ class RowStore:
     def content(self, position: int) -> RowContent:
         """What a row was read as."""
         batch, place = self._table.locate(position)
-        return content_from_json(batch.column("content")[place].as_py())
+        return content_from_json(self._lists(batch)[0][place])
 
     def where(self, position: int) -> str:
         """`file:line` of a row."""
         batch, place = self._table.locate(position)
-        return str(batch.column("where")[place].as_py())
+        return self._lists(batch)[1][place]
+
+    def _lists(self, batch: pa.RecordBatch) -> tuple[list[bytes], list[str]]:
+        """A batch's contents and places as lists; rows are mostly asked for in order."""
+        if self._last[0] is not batch:
+            self._last = (batch, batch.column("content").to_pylist(), batch.column("where").to_pylist())
+        return self._last[1:]
 
     def column(self, name: str) -> np.ndarray:
         """`index`, `key`, `cluster` or `has_rationale` of all rows."""
@@ -159,7 +174,7 @@ class ExampleStore(Sequence[EncodedExample]):
         return EncodedExample(Example(ids, labels, truncated), dataset, row)
 
     def _lengths(self, name: str) -> np.ndarray:
-        parts = [np.diff(batch.column(name).offsets.to_numpy()) for batch in self._table._batches]
+        parts = [np.diff(_numbers(batch.column(name).offsets)) for batch in self._table._batches]
         return np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
 
 
@@ -196,10 +211,8 @@ class ExampleView(Sequence[EncodedExample]):
 
 
 def _slice(column: Any, place: int) -> np.ndarray:
-    offsets = column.offsets
-    start, end = offsets[place].as_py(), offsets[place + 1].as_py()
-    values: np.ndarray = column.values.slice(start, end - start).to_numpy()
-    return values
+    start, end = _numbers(column.offsets)[place : place + 2].tolist()
+    return _numbers(column.values.slice(start, end - start))
 
 
 @dataclass
@@ -231,6 +244,6 @@ class ExampleColumns:
 
 
 def _as_lists(arrays: Sequence[np.ndarray]) -> pa.LargeListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
     values = np.concatenate(arrays).astype(np.int32) if arrays else np.empty(0, np.int32)
     return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
