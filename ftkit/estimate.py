@@ -75,6 +75,8 @@ def _count(prepared: Prepared, device: torch.device) -> Report:
     compute_dtype, _ = choose_compute_dtype(recipe.model.dtype, device)
     dtype = torch.float32 if method.name == "full" else compute_dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(prepared.config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            prepared.config, dtype=dtype, trust_remote_code=prepared.base.trust_remote_code
+        )
     method.apply(model, recipe.method, seed=recipe.seed)
     return report(model)

@@ -38,6 +38,8 @@ LAYERS = (
 ONLY_IN = {"accelerate": "ftkit.distributed", "peft": "no module", "trl": "no module"}
 LIGHT = ("errors", "console", "recipe", "launch", "slurm", "commands", "failures", "cli")
 """Layers that load none of HEAVY before they need it: `--help` and a wrong recipe answer at once."""
+MAX_FILE, MAX_FUNCTION, MAX_UNDESCRIBED = 350, 80, 12
+"""Lines of a module, of a function, and of a public function without a docstring, at most."""
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "huggingface_hub", "numpy", "pandas", "pyarrow"}
 
 
@@ -120,6 +122,46 @@ def cycles(modules: Mapping[str, str]) -> list[str]:
     return lines
 
 
+def functions(node: ast.AST, path: str) -> Iterator[tuple[str, ast.FunctionDef, bool]]:
+    """Dotted name, definition and whether it is public, of every function, methods and closures included."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield from functions(child, path)
+            continue
+        name = f"{path}.{child.name}"
+        if isinstance(child, ast.FunctionDef):
+            public = not isinstance(node, ast.FunctionDef) and not any(p.startswith("_") for p in name.split("."))
+            yield name, child, public
+        yield from functions(child, name)
+
+
+def too_long(modules: Mapping[str, str]) -> list[str]:
+    """One line for each module and function with more lines than they may have."""
+    lines = []
+    for module, source in modules.items():
+        if (length := len(source.splitlines())) > MAX_FILE:
+            lines.append(f"{module}: {length} lines, at most {MAX_FILE}")
+        for name, function, _ in functions(ast.parse(source), module):
+            if (length := _length(function)) > MAX_FUNCTION:
+                lines.append(f"{name}: {length} lines, at most {MAX_FUNCTION}")
+    return lines
+
+
+def undescribed(modules: Mapping[str, str]) -> list[str]:
+    """Public functions that are too long for their name and types alone to say what they do."""
+    return [
+        name
+        for module, source in modules.items()
+        for name, function, public in functions(ast.parse(source), module)
+        if public and _length(function) > MAX_UNDESCRIBED and ast.get_docstring(function) is None
+    ]
+
+
+def _length(function: ast.FunctionDef) -> int:
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1
+
+
 def test_imports_point_one_way() -> None:
     assert upward_imports(sources()) == []
 
@@ -158,6 +200,14 @@ def test_package_files_are_empty() -> None:
     assert [str(path) for path in files if path.stat().st_size] == []
 
 
+def test_modules_and_functions_are_short() -> None:
+    assert too_long(sources()) == []
+
+
+def test_public_functions_are_described() -> None:
+    assert undescribed(sources()) == []
+
+
 def test_the_checks_find_offenders() -> None:
     """Each check, on modules that break its rule."""
     data = "def f():\n    from ftkit.models.load import x\n"
@@ -172,6 +222,15 @@ def test_the_checks_find_offenders() -> None:
     lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import torch\n"
     assert "torch" not in imports(lazy, set(), top_only=True)
     assert "torch" in imports("try:\n    import torch\nfinally:\n    pass\n", set(), top_only=True)
+    body = "    x = 1\n"
+    assert too_long({"ftkit.a": "x = 1\n" * 351}) == ["ftkit.a: 351 lines, at most 350"]
+    assert too_long({"ftkit.a": "class A:\n  def f():\n" + body * 80}) == ["ftkit.a.A.f: 81 lines, at most 80"]
+    assert too_long({"ftkit.a": "def f():\n" + body * 79}) == []
+    assert undescribed({"ftkit.a": "def f():\n" + body * 12}) == ["ftkit.a.f"]
+    assert undescribed({"ftkit.a": "class A:\n  def f():\n" + body * 12}) == ["ftkit.a.A.f"]
+    assert undescribed({"ftkit.a": "def f():\n" + body * 11}) == []
+    assert undescribed({"ftkit.a": "def _f():\n" + body * 12}) == []
+    assert undescribed({"ftkit.a": 'def f():\n    "What."\n' + body * 12}) == []
 
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ftkit.__path__, "ftkit."))

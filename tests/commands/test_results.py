@@ -127,3 +127,25 @@ def test_plan_counts_without_weights(tmp_path, capsys):
     train(recipe, [], dry_run=True)
     assert "6 steps of 4 examples" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+def test_plan_builds_a_model_from_its_own_code_where_it_may(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    recipe = write_recipe(tmp_path)
+    base = tmp_path / "base-llama"
+    (base / "hovercraft.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Config(LlamaConfig):\n    model_type = 'hovercraft'\n\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    config = json.loads((base / "config.json").read_text())
+    config |= {
+        "model_type": "hovercraft",
+        "auto_map": {"AutoConfig": "hovercraft.Config", "AutoModelForCausalLM": "hovercraft.Model"},
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    plan(recipe, [], json=True, trust_remote_code=True)
+    assert json.loads(capsys.readouterr().out)["optimizer_steps"] == 6
+    with pytest.raises(UserError, match="--trust-remote-code"):
+        plan(recipe, [])

@@ -47,6 +47,9 @@ def test_a_run_learns_and_leaves_its_directory(tmp_path, monkeypatch, method):
     assert names == {
         "recipe.yaml", "environment.json", "metrics.jsonl", "train.log", "validation.json", "checkpoints", result,
     }  # fmt: skip
+    log = (run / "train.log").read_text().splitlines()
+    assert log[0] == "[rank 0] base       base-llama (llama)"
+    assert log[1].startswith("[rank 0] mixture")
     line = read_metrics(run, timing=True)[1]
     assert set(line) == {
         "step", "epoch", "loss", "loss_by_dataset", "learning_rate", "grad_norm", "tokens", "target_tokens", "timing",
@@ -155,6 +158,10 @@ def test_from_a_checkpoint_the_later_ones_are_set_aside(tiny):
     train(recipe, [], checkpoint=run / "checkpoints" / "step-00000003")
     assert sha(weights(run, "lora")) == before
     assert read_metrics(run) == metrics
+    log = (run / "train.log").read_text()
+    # Appended, from its first line on.
+    assert log.count("[rank 0] plan       6 steps") == 2
+    assert log.index("done in") < log.rindex("[rank 0] base ") < log.index("going on with")
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "step-00000003", "step-00000006", "step-00000006.old-1",
     }  # fmt: skip

@@ -27,7 +27,9 @@ def test_two_processes_train_like_one(tmp_path, method, parallel):
     assert losses(runs / "recipe-2") == pytest.approx(losses(runs / "recipe-1"), abs=1e-4)
     assert two.stdout.count("step 6/6  loss") == 1
     log = (runs / "recipe-2" / "train.log").read_text()
-    assert "[rank 0] " in log
+    for rank in (0, 1):
+        assert f"[rank {rank}] base       base-llama (llama)\n" in log
+        assert f"[rank {rank}] step 6/6  loss" in log
     name = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
     mine, theirs = load_file(runs / "recipe-1" / name), load_file(runs / "recipe-2" / name)
     assert set(mine) == set(theirs)

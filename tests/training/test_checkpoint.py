@@ -1,4 +1,8 @@
+import errno
+import hashlib
+import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from ftkit.distributed import World
 from ftkit.errors import StorageError, UserError
 from ftkit.training import checkpoint as checkpoints
 from ftkit.training.checkpoint import (
+    check_world,
     find_damage,
     list_checkpoints,
     load_optimizer,
@@ -17,6 +22,7 @@ from ftkit.training.checkpoint import (
     random_tensors,
     read_checkpoint,
     rotate,
+    set_aside_later,
     write_checkpoint,
 )
 
@@ -24,7 +30,7 @@ from ftkit.training.checkpoint import (
 def write(directory, step, **state):
     def weights(staging):
         (staging / "adapter").mkdir()
-        (staging / "adapter" / "weights.bin").write_bytes(bytes([step]) * 64)
+        (staging / "adapter" / "weights.bin").write_bytes(bytes([step % 256]) * 64)
 
     tensors = {"w.step": torch.tensor(1.0)}
     return write_checkpoint(directory, step, write_weights=weights, optimizer=tensors, random=tensors, state=state)
@@ -60,20 +66,60 @@ def test_every_kind_of_damage_is_found_and_an_older_checkpoint_is_used(tmp_path,
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "", "not json", "[]", "{}", "null", "3", '{"state.json": null}', '{"adapter/weights.bin": {"bytes": 64}}',
+        lambda manifest: json.dumps({name: None for name in manifest}),
+        lambda manifest: json.dumps({name: {} for name in manifest}),
+        lambda manifest: json.dumps({name: {"bytes": "64", "sha256": 1} for name in manifest}),
+        lambda manifest: json.dumps(manifest | {"..": manifest["state.json"]}),
+        lambda manifest: json.dumps({n: measured for n, measured in manifest.items() if n != "state.json"}),
+    ],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_damage(tmp_path, manifest):
+    write(tmp_path, 1)
+    file = write(tmp_path, 2) / "manifest.json"
+    file.write_text(manifest if isinstance(manifest, str) else manifest(json.loads(file.read_text())))
+    assert find_damage(file.parent)
+    warnings = []
+    assert newest_verified(tmp_path, warnings.append).step == 1
+    assert len(warnings) == 1
+    assert "damaged" in warnings[0]
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    path = write(tmp_path, 1)
+
+    def fail(file, digest):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    assert "cannot be read (Input/output error)" in find_damage(path)
+
+
 def test_without_a_manifest_it_is_none(tmp_path):
     path = write(tmp_path, 1)
     (path / "manifest.json").unlink()
     assert newest_verified(tmp_path, lambda text: None) is None
 
 
-def test_a_failed_write_leaves_nothing_and_older_ones_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (OSError(28, "No space left on device"), StorageError, "checkpoint of step 2: No space left on device; free"),
+        (Exception("No space left on device (os error 28)"), StorageError, "step 2: No space left on device; free"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_a_failed_write_leaves_nothing_and_older_ones_alone(tmp_path, error, expected, message):
     write(tmp_path, 1)
 
     def weights(staging):
         (staging / "half").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
-    with pytest.raises(StorageError, match="No space left"):
+    with pytest.raises(expected, match=message):
         write_checkpoint(tmp_path, 2, write_weights=weights, optimizer={}, random={}, state={})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert find_damage(tmp_path / "step-00000001") is None
@@ -85,6 +131,46 @@ def test_rotation_keeps_the_newest_and_the_best_and_sweeps_what_a_kill_left(tmp_
     (tmp_path / f"{checkpoints.STAGING}00000009").mkdir()
     rotate(tmp_path, keep=2, best=tmp_path / "step-00000002")
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"step-{n:08d}" for n in (2, 4, 5)]
+
+
+def test_what_was_set_aside_or_copied_is_never_counted_read_or_removed(tmp_path):
+    for step in (1, 2, 3, 99999999, 100000000):
+        write(tmp_path, step)
+    set_aside_later(read_checkpoint(tmp_path / "step-00000002"))
+    set_aside = {f"step-{name}.old-1" for name in ("00000003", "99999999", "100000000")}
+    mine = {"step-00000001-copy", "step-00000002.bak", "step-best", "notes"}
+    for name in mine:
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000002"} | set_aside | mine
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+    write(tmp_path, 3)
+    assert newest_verified(tmp_path, pytest.fail).step == 3
+    rotate(tmp_path, keep=1, best=None)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000003"} | set_aside | mine
+    for name in ("step-00000003.old-1", "step-00000001-copy"):
+        with pytest.raises(UserError, match="set aside, or is a copy"):
+            read_checkpoint(tmp_path / name)
+
+
+def test_checkpoints_are_counted_in_the_order_of_their_steps(tmp_path):
+    for step in (100000000, 99999999):
+        write(tmp_path, step)
+    assert newest_verified(tmp_path, pytest.fail).step == 100000000
+    rotate(tmp_path, keep=1, best=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-100000000"]
+
+
+def test_a_checkpoint_goes_on_only_with_as_many_processes_on_the_same_kind_of_device(tmp_path):
+    world = World()
+    path = write_checkpoint(
+        tmp_path, 1, write_weights=lambda p: None, optimizer={}, random=random_tensors(world), state={}
+    )
+    checkpoint = read_checkpoint(path)
+    check_world(checkpoint, world)
+    for size, device in ((2, "cpu"), (1, "cuda")):
+        with pytest.raises(UserError, match=rf"1 process\(es\) on CPU, and this run has {size} on {device}"):
+            check_world(checkpoint, SimpleNamespace(size=size, device=torch.device(device)))
 
 
 def test_the_same_step_is_replaced(tmp_path):
