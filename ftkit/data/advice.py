@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from ftkit.data.chat import ChatTemplate
 from ftkit.data.corpus import EncodedCorpus, Part, lengths_uncut
 from ftkit.data.encode import Encoder
 from ftkit.recipe.schema import DataSection, TrainingSection
@@ -28,6 +29,21 @@ def warn_cut(encoded: Sequence[EncodedCorpus], encoder: Encoder) -> list[str]:
     enough = lengths[math.ceil((1 - MAX_SHARE_CUT) * len(lengths)) - 1]
     share = f"{too_long} of {len(lengths)} rows ({too_long / len(lengths):.0%})"
     return [f"{share} are longer than data.max_length {encoder.max_length}; {enough} keeps 99% whole"]
+
+
+def warn_thinking(template: ChatTemplate, saw_reasoning: bool) -> list[str]:
+    """A model that thinks is about to learn not to.
+
+    Args:
+        template: of the run.
+        saw_reasoning: whether any row that is trained on has thoughts (`EncodeResult.has_thoughts`).
+    """
+    if saw_reasoning or not template.expects_thoughts:
+        return []
+    how = "train on rows with thoughts (reasoning_content, or <think>...</think> before the answer)"
+    if template.knows_enable_thinking:
+        how = f"set data.chat_template_kwargs: {{enable_thinking: false}}, or {how}"
+    return [f"the chat template is a thinking model's, and no trained turn has thoughts: it would unlearn them; {how}"]
 
 
 def warn_few_steps(steps: Sequence[Sequence[int]], training: TrainingSection) -> list[str]:
