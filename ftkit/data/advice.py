@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ftkit.data.chat import ChatTemplate
 from ftkit.data.corpus import Corpus
 from ftkit.data.types import DatasetCounts
 from ftkit.recipe.schema import TrainingSection
@@ -28,6 +29,21 @@ def warn_cut(uncut: np.ndarray, max_length: int) -> list[str]:
     enough = int(lengths[math.ceil((1 - MAX_SHARE_CUT) * len(lengths)) - 1])
     share = f"{too_long} of {len(lengths)} rows ({too_long / len(lengths):.0%})"
     return [f"{share} are longer than data.max_length {max_length}; {enough} keeps 99% whole"]
+
+
+def warn_thinking(template: ChatTemplate, saw_reasoning: bool) -> list[str]:
+    """A model that thinks is about to learn not to.
+
+    Args:
+        template: of the run.
+        saw_reasoning: whether any row that is trained on has thoughts (`EncodeResult.has_thoughts`).
+    """
+    if saw_reasoning or not template.expects_thoughts:
+        return []
+    how = "train on rows with thoughts (reasoning_content, or <think>...</think> before the answer)"
+    if template.knows_enable_thinking:
+        how = f"set data.chat_template_kwargs: {{enable_thinking: false}}, or {how}"
+    return [f"the chat template is a thinking model's, and no trained turn has thoughts: it would unlearn them; {how}"]
 
 
 def warn_few_steps(steps: Sequence[Sequence[int]], training: TrainingSection) -> list[str]:

@@ -1,5 +1,6 @@
 """Chat templates: rendering as a server does it, the token that ends a turn, and the check that no text is lost."""
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -24,6 +25,9 @@ Tools = Sequence[dict[str, Any]]
 Templates = dict[str, str]
 """Jinja text by name: "default", and "tool_use" where a tokenizer has one of its own for conversations with tools."""
 
+MOST_VARIANTS = 64
+"""Of a template with keywords of rows, kept at a time."""
+
 OTHER_TEMPLATE = "choose another template with model.chat_template (a file, chatml or plain)"
 
 # Arguments that `apply_chat_template` keeps for itself.
@@ -33,6 +37,9 @@ _RESERVED |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_cont
 
 # What looks like a control token: <|im_end|>, <turn|>, <|turn>, <｜User｜>, <start_of_turn>.
 _CONTROL_TOKEN = re.compile(r"<[|｜][^<>\s]{1,40}>|<[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
+
+
+_QUESTION = {"role": "user", "content": "question"}
 
 
 class ChatTemplate:
@@ -45,22 +52,42 @@ class ChatTemplate:
         kwargs: Mapping[str, Any] | None = None,
         *,
         warning: str | None = None,
+        where: str = "",
     ) -> None:
-        """`warning` says what a user should know about the choice of the template.
+        """`warning` says what a user should know about the choice of the template, `where` whose keywords they are.
 
         Raises:
             UserError: a keyword is none that a chat template can get.
         """
-        self.kwargs = dict(kwargs or {})
+        self.kwargs = dict(sorted((kwargs or {}).items()))
         self.warning = warning
         self.templates: Templates = {"default": template} if isinstance(template, str) else dict(template)
         self._tokenizer = tokenizer
         self._pinned = {name: pin_date(text) for name, text in self.templates.items()}
         self._constants: dict[str, re.Pattern[str]] = {}
         self._ends: dict[tuple[TurnKind, bool], EndOfTurn] = {}
+        self._prints_reasoning: dict[str, bool] = {}
+        self._variants: dict[str, ChatTemplate] = {}
         if reserved := sorted(_RESERVED & self.kwargs.keys()):
             key = ("data", "chat_template_kwargs")
-            raise UserError(f"{', '.join(reserved)}: not a keyword of chat templates", how="remove it", key=key)
+            what = f"{', '.join(reserved)}: not a keyword of chat templates"
+            raise UserError(what, how="remove it", key=key, where=where or None)
+
+    def with_kwargs(self, kwargs: Mapping[str, Any], *, where: str = "") -> "ChatTemplate":
+        """This template with keywords of a row besides its own; the row's win.
+
+        Raises:
+            UserError: a keyword is none that a chat template can get; names `where`.
+        """
+        if not kwargs:
+            return self
+        name = json.dumps(dict(sorted(kwargs.items())), default=repr)
+        if name not in self._variants:
+            if len(self._variants) >= MOST_VARIANTS:
+                self._variants.clear()
+            merged = {**self.kwargs, **kwargs}
+            self._variants[name] = ChatTemplate(self._tokenizer, self.templates, merged, where=where)
+        return self._variants[name]
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
@@ -172,10 +199,55 @@ class ChatTemplate:
         if lost is not None:
             raise UserError(f"the chat template {lost}", how=f"take it out, or {OTHER_TEMPLATE}", where=where or None)
 
+    def check_system(self, text: str) -> None:
+        """Check that the template prints a system message of this text.
+
+        Raises:
+            UserError: it refuses or drops it.
+        """
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": "question"}]
+        try:
+            self.check_text(messages, self.render(messages), {0})
+        except UserError as error:
+            raise UserError(error.problems[0].what, how="remove it", key=("data", "system_prompt")) from None
+
+    def prints_reasoning(self, tools: Tools = ()) -> bool:
+        """Whether the template prints `reasoning_content` of a turn, so that thoughts have a place of their own."""
+        name = self._name_for(tools)
+        if name not in self._prints_reasoning:
+            thoughts = "7b02d5"
+            probe = [_QUESTION, {"role": "assistant", "content": "answer", "reasoning_content": thoughts}]
+            try:
+                self._prints_reasoning[name] = thoughts in self.render(probe, tools)
+            except UserError:  # Reported when a conversation is rendered.
+                self._prints_reasoning[name] = False
+        return self._prints_reasoning[name]
+
+    @property
+    def knows_enable_thinking(self) -> bool:
+        """Whether the keyword `enable_thinking` changes something."""
+        return any("enable_thinking" in text for text in self.templates.values())
+
+    @cached_property
+    def expects_thoughts(self) -> bool:
+        """Whether the model is asked to think before it answers.
+
+        A template that knows `enable_thinking` asks for it unless its generation prompt is the one without thinking,
+        any other if it prints thoughts or begins them in its generation prompt.
+        """
+        try:
+            prompt = self.render([_QUESTION], generation_prompt=True)
+            if self.knows_enable_thinking:
+                without = self.with_kwargs({"enable_thinking": False})
+                return prompt != without.render([_QUESTION], generation_prompt=True)
+        except UserError:  # Reported when a conversation is rendered.
+            return False
+        return prompt.rstrip().endswith("<think>") or self.prints_reasoning()
+
     def how_to_mend_prompt(self, messages: Sequence[TemplateMessage], tools: Tools = ()) -> str:
         """The fix for a template whose rendering of the last message does not begin with its generation prompt."""
-        if "enable_thinking" in self.templates[self._name_for(tools)]:
-            mended = ChatTemplate(self._tokenizer, self.templates, {**self.kwargs, "enable_thinking": False})
+        if self.knows_enable_thinking:
+            mended = self.with_kwargs({"enable_thinking": False})
             try:
                 prompt = mended.render(messages[:-1], tools, generation_prompt=True)
                 if mended.render(messages, tools).startswith(prompt):
@@ -245,7 +317,7 @@ def _plain(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _check_tokens(template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a template whose control tokens the tokenizer would take apart into pieces of text."""
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    probe = [_QUESTION, {"role": "assistant", "content": "answer"}]
     rendered = template.render(probe) + template.render(probe[:1], generation_prompt=True)
     tokens = dict.fromkeys(_CONTROL_TOKEN.findall(rendered))
     if lacking := [token for token in tokens if len(tokenizer(token, add_special_tokens=False).input_ids) != 1]:

@@ -1,25 +1,37 @@
 """Documents to training examples. The one encoder of training, evaluation and preview."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import jinja2
 import numpy as np
+import tokenizers
+import transformers
 
 from ftkit.data.chat import ChatTemplate
+from ftkit.data.reasoning import has_thoughts, split_thoughts
 from ftkit.data.rendering import RenderedExample, TurnsMode, render_examples
 from ftkit.data.token_spans import SpanTokenizer, Tokens
-from ftkit.data.truncation import shorten
+from ftkit.data.truncation import cut_left, shorten
 from ftkit.data.types import IGNORE, Conversation, Document, Example, Message, Text
 from ftkit.errors import UserError
+from ftkit.recipe.schema import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_TURN = "no assistant turn to train on"
 NO_TEXT = "no text"
+NO_TARGET = "no token to train on"
+TOO_LONG = "longer than max_length"
 ANSWER_TOO_LONG = "the answer alone is longer than max_length"
 PROMPT_TOO_LONG = "longer than max_length even without the text of its user message"
+
+_REVISION = 1
+"""Part of the digest; goes up when the same document and options give other examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +39,13 @@ class EncodeResult:
     """What became of one document."""
 
     examples: list[Example]
+    """Each has a token to train on."""
     reason: str | None = None
     """Why there is no example, or with one example a turn, why at least one turn has none."""
     uncut: int = 0
-    """Tokens of the longest example before anything was cut; 0 where nothing was."""
+    """Tokens of the document's longest example before anything was cut; 0 where nothing was encoded."""
+    has_thoughts: bool = False
+    """Whether a trained turn has thoughts, or the row's own keywords ask for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,8 @@ class Encoder:
     before a turn are those that a server would feed for its generation prompt. Where a tokenizer merges across that
     boundary, `turns: auto` makes one example a turn, whose prompt and answer are encoded apart. Texts do not go through
     the template.
+
+    An encoder can be pickled, and gives the same examples in another process.
     """
 
     def __init__(
@@ -57,55 +74,72 @@ class Encoder:
         template: ChatTemplate,
         *,
         max_length: int,
-        turns: TurnsMode,
-        train_on: Literal["assistant", "last_assistant", "all"],
+        turns: TurnsMode = "auto",
+        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+        train_on_reasoning: bool = True,
+        truncation: Literal["oldest_turns", "left", "drop", "error"] = "oldest_turns",
+        system_prompt: str | None = None,
     ) -> None:
+        """The options are those of the recipe's data section.
+
+        Raises:
+            UserError: the template does not print the system prompt.
+        """
         self.template = template
         self.max_length = max_length
         self.turns = turns
         self.train_on = train_on
+        self.train_on_reasoning = train_on_reasoning
+        self.truncation = truncation
+        self.system_prompt = system_prompt
         self._tokenizer = tokenizer
         self._spans = SpanTokenizer(tokenizer)
+        if system_prompt is not None:
+            template.check_system(system_prompt)
 
     @property
     def digest(self) -> str:
-        """SHA-256 in hex."""
-        from ftkit.data.cache import digest_of
-
-        return digest_of(
-            self._tokenizer.backend_tokenizer.to_str(),
-            self.template.templates,
-            self.template.kwargs,
-            self.max_length,
-            self.turns,
-            self.train_on,
-        )
+        """SHA-256 in hex over everything that decides which examples a document gives."""
+        options = [self.max_length, self.turns, self.train_on, self.train_on_reasoning, self.truncation]
+        content = {
+            "revision": _REVISION,
+            "versions": [module.__version__ for module in (transformers, tokenizers, jinja2)],
+            "tokenizer": self._spans.digest,
+            "template": [self.template.templates, self.template.kwargs],
+            "options": [*options, self.system_prompt],
+        }
+        return hashlib.sha256(json.dumps(content, default=repr).encode()).hexdigest()
 
     def encode(self, document: Document, where: str = "") -> EncodeResult:
         """The examples of a document: none, with the reason, where nothing is left to train on.
 
-        Too long conversations lose their oldest exchanges, then the middle of the first remaining user message; answers
-        are never cut. An assistant message that opens a conversation has no prompt: it is context, never a target.
+        What happens to examples over `max_length` is what `truncation` says; the last answer is never cut. An assistant
+        message that opens a conversation has no prompt: it is context, never a target.
 
         Raises:
             UserError: the chat template cannot render the conversation, loses some of its text, or cannot be trained
-                on; names `where`, the row.
+                on; it is too long and `truncation` is `error`; names `where`, the row.
         """
         if isinstance(document, Text):
             return self._encode_text(document, where)
+        assert isinstance(document, Conversation), "a task record is put into words before it is encoded"
         turns = self._turns_to_render(document.messages, where)
         if not turns and self.train_on != "all":
             return EncodeResult([], NO_TURN)
-        examples, reason = [], None
-        for encoded in self._encode_conversation(document, turns, self.turns, where):
-            if len(encoded.tokens.ids) <= self.max_length:
-                examples.append(self._example(encoded))
-            elif (shorter := self._shorten(encoded, where)) is not None:
-                examples.append(replace(self._example(shorter), truncated=True))
+        conversation = self._completed(document, where)
+        turns = [turn + len(conversation.messages) - len(document.messages) for turn in turns]
+        examples: list[Example] = []
+        reason, uncut = None, 0
+        for encoded in self._encode_conversation(conversation, turns, self.turns, where):
+            uncut = max(uncut, len(encoded.tokens.ids))
+            example = self._fitting(encoded, where)
+            if isinstance(example, str):
+                reason = example
+            elif example.num_targets:
+                examples.append(example)
             else:
-                start, end = encoded.tokens.spans[-1] if encoded.tokens.spans else (0, 0)
-                reason = ANSWER_TOO_LONG if end - start >= self.max_length else PROMPT_TOO_LONG
-        return EncodeResult(examples, reason)
+                reason = NO_TARGET
+        return EncodeResult(examples, reason, uncut, self._has_thoughts(conversation, turns))
 
     def encode_prompt(self, conversation: Conversation, where: str = "") -> list[int]:
         """Ids of what a server feeds the model: the messages and the generation prompt.
@@ -115,8 +149,8 @@ class Encoder:
         Raises:
             UserError: as `encode`.
         """
-        messages = _question(conversation.messages)
-        prompt = self.template.generation_prompt(messages, conversation.tools, where=where)
+        asked = self._completed(replace(conversation, messages=_question(conversation.messages)), where)
+        prompt = self._template_of(asked, where).generation_prompt(asked.messages, asked.tools, where=where)
         _check_unicode(prompt, where)
         return self._spans.ids(prompt)
 
@@ -129,8 +163,8 @@ class Encoder:
             UserError: as `encode`.
         """
         messages = (*_question(conversation.messages), Message("assistant", answer))
-        answered = replace(conversation, messages=messages)
-        tokens = self._encode_conversation(answered, [len(messages) - 1], "each", where)[0].tokens
+        answered = self._completed(replace(conversation, messages=messages), where)
+        tokens = self._encode_conversation(answered, [len(answered.messages) - 1], "each", where)[0].tokens
         start, end = tokens.spans[0]
         return tokens.ids[start : end if end_of_turn else end - 1]
 
@@ -149,24 +183,70 @@ class Encoder:
             ids = [*ids, eos]
         starts = range(0, len(ids) - 1, self.max_length - 1)
         pieces = [np.array(ids[start : start + self.max_length], np.int32) for start in starts]
-        return EncodeResult([_with_labels(piece, piece) for piece in pieces], None if pieces else NO_TEXT)
+        examples = [_with_labels(piece, piece) for piece in pieces]
+        return EncodeResult(examples, None if pieces else NO_TEXT, uncut=max(map(len, pieces), default=0))
+
+    def _template_of(self, conversation: Conversation, where: str) -> ChatTemplate:
+        return self.template.with_kwargs(conversation.chat_template_kwargs, where=where)
+
+    def _completed(self, conversation: Conversation, where: str) -> Conversation:
+        """With the system prompt where it has none, and with thoughts apart where the template prints them so."""
+        messages = conversation.messages
+        if self._template_of(conversation, where).prints_reasoning(conversation.tools):
+            messages = tuple(map(split_thoughts, messages))
+        if self.system_prompt is not None and all(message.role != "system" for message in messages):
+            messages = (Message("system", self.system_prompt), *messages)
+        return replace(conversation, messages=messages)
+
+    def _has_thoughts(self, conversation: Conversation, turns: Sequence[int]) -> bool:
+        if any(has_thoughts(conversation.messages[turn]) for turn in turns):
+            return True
+        return self.template.expects_thoughts and not self._template_of(conversation, "").expects_thoughts
 
     def _encode_conversation(
         self, conversation: Conversation, turns: Sequence[int], mode: TurnsMode, where: str
     ) -> list[_Encoded]:
         everything = self.train_on == "all"
         rendered = render_examples(
-            self.template, conversation, turns, mode=mode, to_the_end=everything and mode != "each", where=where
+            self._template_of(conversation, where),
+            conversation,
+            turns,
+            mode=mode,
+            to_the_end=everything and mode != "each",
+            train_on_reasoning=self.train_on_reasoning,
+            where=where,
         )
         encoded = []
         for example in rendered:
             _check_unicode(example.text, where)
-            tokens = self._spans.together(example.text, example.spans)
+            tokens = self._spans.together(example.text, example.spans, example.answers)
             if tokens is None and mode == "auto" and len(example.spans) > 1 and not everything:
                 return self._encode_conversation(conversation, turns, "each", where)
-            tokens = tokens or self._spans.apart(example.text, example.spans)
+            tokens = tokens or self._spans.apart(example.text, example.spans, example.answers)
             encoded.append(_Encoded(conversation, example, tokens))
         return encoded
+
+    def _fitting(self, encoded: _Encoded, where: str) -> Example | str:
+        """The example in at most `max_length` tokens, or why there is none."""
+        num_tokens = len(encoded.tokens.ids)
+        if num_tokens <= self.max_length:
+            return self._example(encoded)
+        if self.truncation == "error":
+            raise UserError(
+                f"{num_tokens} tokens are more than data.max_length: {self.max_length}",
+                how="raise it, shorten the row, or set data.truncation to oldest_turns, left or drop",
+                where=where or None,
+            )
+        if self.truncation == "drop":
+            return TOO_LONG
+        start, end = self._last_answer(encoded)
+        if self.truncation == "left":
+            bos = self._tokenizer.bos_token_id
+            rest = cut_left(self._example(encoded), start, max_length=self.max_length, bos=bos)
+            return rest or ANSWER_TOO_LONG
+        if (shorter := self._shorten(encoded, where)) is not None:
+            return replace(self._example(shorter), truncated=True)
+        return ANSWER_TOO_LONG if end - start >= self.max_length else PROMPT_TOO_LONG
 
     def _shorten(self, encoded: _Encoded, where: str) -> _Encoded | None:
         messages = encoded.conversation.messages[: encoded.rendered.num_messages]
@@ -178,17 +258,25 @@ class Encoder:
             max_length=self.max_length,
         )
 
+    def _last_answer(self, encoded: _Encoded) -> tuple[int, int]:
+        """[start, end) of the tokens of the last trained turn; nothing at the end where there is none."""
+        num_tokens, messages = len(encoded.tokens.ids), encoded.conversation.messages
+        turns = zip(encoded.rendered.turns, encoded.tokens.spans, strict=True)
+        trained = [span for turn, span in turns if messages[turn].train is not False]
+        return trained[-1] if trained else (num_tokens, num_tokens)
+
     def _example(self, encoded: _Encoded) -> Example:
-        ids = np.array(encoded.tokens.ids, np.int32)
+        tokens = encoded.tokens
+        ids = np.array(tokens.ids, np.int32)
         if self.train_on == "all":
             labels = ids.copy()
-            for turn, (start, end) in zip(encoded.rendered.turns, encoded.tokens.spans, strict=True):
-                if encoded.conversation.messages[turn].train is False:
-                    labels[start:end] = IGNORE
+            for turn, (start, end), answer in zip(encoded.rendered.turns, tokens.spans, tokens.answers, strict=True):
+                untrained = encoded.conversation.messages[turn].train is False
+                labels[start : end if untrained else answer] = IGNORE
         else:
             labels = np.full_like(ids, IGNORE)
-            for start, end in encoded.tokens.spans:
-                labels[start:end] = ids[start:end]
+            for (_, end), answer in zip(tokens.spans, tokens.answers, strict=True):
+                labels[answer:end] = ids[answer:end]
         return _with_labels(ids, labels)
 
     def _turns_to_render(self, messages: Sequence[Message], where: str) -> list[int]:
@@ -200,6 +288,24 @@ class Encoder:
         by_default = answers[-1:] if self.train_on == "last_assistant" else answers
         flags = {index: messages[index].train for index in answers}
         return [index for index in answers if flags[index] or (flags[index] is None and index in by_default)]
+
+
+def make_encoder(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, section: DataSection) -> Encoder:
+    """The encoder that a recipe's data section asks for.
+
+    Raises:
+        UserError: as `Encoder`.
+    """
+    return Encoder(
+        tokenizer,
+        template,
+        max_length=section.max_length,
+        turns=section.turns,
+        train_on=section.train_on,
+        train_on_reasoning=section.train_on_reasoning,
+        truncation=section.truncation,
+        system_prompt=section.system_prompt,
+    )
 
 
 def _check_flags(messages: Sequence[Message], everything: bool, where: str) -> None:

@@ -25,7 +25,7 @@ from ftkit.data.store import (
     write_facts,
     write_table,
 )
-from ftkit.data.types import IGNORE, Conversation, Example
+from ftkit.data.types import IGNORE, Example
 from ftkit.data.variants import document_of
 from ftkit.errors import Problem, UserError
 
@@ -131,18 +131,10 @@ class _ChunkEncoder:
                     _add(chunk.columns, example, number, row)
                     kept += 1
             reason = result.reason or (NO_TARGET if kept < max(1, len(result.examples)) else None)
-            chunk.saw_reasoning |= isinstance(document, Conversation) and any(
-                message.reasoning_content or "<think>" in message.content
-                for message in document.messages
-                if message.role == "assistant"
-            )
+            chunk.saw_reasoning |= result.has_thoughts
         chunk.counts.append(kept)
         chunk.reasons.append(reason)
-        chunk.uncut.append(0 if result is None else _uncut(result.examples, result.uncut))
-
-
-def _uncut(examples: Sequence[Example], uncut: int) -> int:
-    return max([uncut, *(example.num_tokens for example in examples)])
+        chunk.uncut.append(0 if result is None else result.uncut)
 
 
 def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> None:

@@ -56,8 +56,8 @@ def find_end_of_turn(
     raise ValueError(f"it ends the assistant's {_NAMES[kind]} in {final.rstrip()!r}, no special token of the tokenizer")
 
 
-def common_length(first: str, second: str) -> int:
-    """Number of characters that two texts have in common at their beginning."""
+def common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Number of characters (or tokens) that two texts have in common at their beginning."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 

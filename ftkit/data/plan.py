@@ -144,6 +144,7 @@ def make_plan(
         *advice.warn_cut(drawn.encoded.uncut, encoder.max_length),
         *advice.warn_few_steps(plan.steps, recipe.training),
         *advice.warn_repeats(plan.counts),
+        *advice.warn_thinking(encoder.template, drawn.encoded.saw_reasoning),
         *split.warnings,
     ]
     return plan

@@ -6,12 +6,13 @@ end-of-turn token]. No other mechanism is used: templates need no marks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 from ftkit.data.chat import OTHER_TEMPLATE, ChatTemplate, TemplateMessage, Tools
 from ftkit.data.end_of_turn import common_length
+from ftkit.data.reasoning import find_end_of_thoughts
 from ftkit.data.types import Conversation
 from ftkit.errors import UserError
 
@@ -26,6 +27,8 @@ class RenderedExample:
     """From the conversation's beginning to the end-of-turn token of the last span, or to the conversation's end."""
     spans: tuple[tuple[int, int], ...]
     """Characters [start, end) of each turn: from after its generation prompt to its end-of-turn token, inclusive."""
+    answers: tuple[int, ...]
+    """The character of each span at which training begins: after its thoughts where these are not trained on."""
     turns: tuple[int, ...]
     """Indices of the messages that the spans belong to."""
     num_messages: int
@@ -44,6 +47,7 @@ def render_examples(
     *,
     mode: TurnsMode = "auto",
     to_the_end: bool = False,
+    train_on_reasoning: bool = True,
     where: str = "",
 ) -> list[RenderedExample]:
     """Render assistant turns as one example, or as one a turn.
@@ -58,14 +62,18 @@ def render_examples(
         turns: indices of the assistant's messages to render, ascending.
         mode: `whole` and `each` leave no choice.
         to_the_end: one example for all turns has the whole conversation's text, not only that up to the last turn.
+        train_on_reasoning: whether the answers begin with their thoughts.
         where: names the row in errors.
 
     Raises:
         UserError: the template fails on this conversation, does not print all of its text, prints a turn that does not
-            begin with its generation prompt or ends in no special token; or `mode="whole"` is impossible.
+            begin with its generation prompt or ends in no special token; or `mode="whole"` is impossible; or thoughts
+            that are not to be trained on cannot be told from their answer.
     """
     messages = [message.to_template() for message in conversation.messages]
     rendered = [_render_turn(template, messages[: turn + 1], conversation.tools, where) for turn in turns]
+    if not train_on_reasoning:
+        rendered = [_without_thoughts(template, messages, turn, conversation.tools, where) for turn in rendered]
     if mode != "each":
         num_messages = len(messages) if to_the_end or not turns else turns[-1] + 1
         whole = _render_whole(template, messages[:num_messages], rendered, conversation.tools, where)
@@ -108,7 +116,28 @@ def _render_turn(
             how=OTHER_TEMPLATE,
             where=where or None,
         )
-    return RenderedExample(text, ((len(prompt), end),), (len(messages) - 1,), len(messages))
+    return RenderedExample(text, ((len(prompt), end),), (len(prompt),), (len(messages) - 1,), len(messages))
+
+
+def _without_thoughts(
+    template: ChatTemplate, messages: Sequence[TemplateMessage], turn: RenderedExample, tools: Tools, where: str
+) -> RenderedExample:
+    """The turn with its answer beginning after its thoughts."""
+    start, end = turn.spans[0]
+    try:
+        length = find_end_of_thoughts(
+            lambda shadow: template.render(shadow, tools, where=where)[start:],
+            messages[: turn.num_messages],
+            turn.text[start:],
+        )
+    except ValueError as error:
+        raise UserError(
+            f"the thoughts of message {turn.num_messages} cannot be left out of the training: the chat template does "
+            f"not print them {error}",
+            how=f"set data.train_on_reasoning: true, take the thoughts out of the row, or {OTHER_TEMPLATE}",
+            where=where or None,
+        ) from None
+    return replace(turn, answers=(min(start + length, end),))
 
 
 def _render_whole(
@@ -124,12 +153,13 @@ def _render_whole(
     else:
         text = template.render(messages, tools, where=where)
     spans = tuple(span for turn in rendered for span in turn.spans)
+    answers = tuple(place for turn in rendered for place in turn.answers)
     turns = tuple(index for turn in rendered for index in turn.turns)
     alike = all(text.startswith(turn.text[: turn.spans[0][1]]) for turn in rendered)
     if not alike or any(after[0] < before[1] for before, after in pairwise(spans)):
         return None
     template.check_text(messages, text, _others(messages) | set(turns), tools, where=where)
-    return RenderedExample(text, spans, turns, len(messages))
+    return RenderedExample(text, spans, answers, turns, len(messages))
 
 
 def _others(messages: Sequence[TemplateMessage]) -> set[int]:
@@ -139,4 +169,4 @@ def _others(messages: Sequence[TemplateMessage]) -> set[int]:
 
 def _up_to_last_span(example: RenderedExample) -> RenderedExample:
     """Without what comes after the last turn: nothing there is trained on."""
-    return RenderedExample(example.text[: example.spans[-1][1]], example.spans, example.turns, example.num_messages)
+    return replace(example, text=example.text[: example.spans[-1][1]])

@@ -1,9 +1,15 @@
 """Token ids of a rendered conversation, with the tokens of each assistant turn."""
 
+import hashlib
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit.data.end_of_turn import common_length
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -18,6 +24,8 @@ class Tokens:
 
     ids: list[int]
     spans: list[tuple[int, int]]
+    answers: list[int]
+    """The token of each span at which training begins: the first that is not wholly before the answer."""
 
 
 class SpanTokenizer:
@@ -34,43 +42,61 @@ class SpanTokenizer:
 
     def ids(self, text: str) -> list[int]:
         """Ids of `text` alone."""
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return self._encode(text).input_ids
 
-    def together(self, text: str, spans: Spans) -> Tokens | None:
-        """Encode the text in one.
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex over all that decides which ids the tokenizer gives."""
+        tokenizer: Any = self._tokenizer
+        parts: list[Any]
+        if tokenizer.is_fast:
+            # Truncation and padding are what the last call asked for, not what the tokenizer is.
+            parts = [{**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}]
+        else:
+            with tempfile.TemporaryDirectory() as directory:
+                files = [Path(name) for name in tokenizer.save_vocabulary(directory) if name is not None]
+                parts = [file.read_bytes().hex() for file in files]
+            parts.append(sorted(tokenizer.get_vocab().items()))
+        content = [type(tokenizer).__name__, tokenizer.special_tokens_map, parts]
+        return hashlib.sha256(json.dumps(content, default=repr).encode()).hexdigest()
+
+    def together(self, text: str, spans: Spans, answers: Sequence[int]) -> Tokens | None:
+        """Encode the text in one; `answers` are the characters of the spans at which training begins.
 
         None where that does not give, for each span, the ids of the text before it as a server would encode them; and
         for tokenizers that do not say where their tokens lie.
         """
         if not self._tokenizer.is_fast:
             return None
-        encoding = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        token_spans = []
-        for start, end in spans:
+        encoding = self._encode(text)
+        token_spans, token_answers = [], []
+        for (start, end), answer in zip(spans, answers, strict=True):
             # The last character belongs to the end-of-turn token: a control token, which merges with nothing.
             last = encoding.char_to_token(end - 1)
             first = None if last is None else self._first_token(encoding, text, start, last)
             if last is None or first is None or first > last:
                 return None
             token_spans.append((first, last + 1))
-        return Tokens(encoding.input_ids, token_spans)
+            token_answers.append(_first_after(encoding, first, last, answer) if answer > start else first)
+        return Tokens(encoding.input_ids, token_spans, token_answers)
 
-    def apart(self, text: str, spans: Spans) -> Tokens:
+    def apart(self, text: str, spans: Spans, answers: Sequence[int]) -> Tokens:
         """Encode what lies before, in and between the spans each for itself, and join the ids.
 
         The ids before the first span are exactly a server's. Before later ones (`turns: whole` only) the seams of
         earlier turns remain, where a server would see that history merged.
         """
         ids: list[int] = []
-        token_spans = []
+        token_spans, token_answers = [], []
         before = 0
-        for start, end in spans:
+        for (start, end), answer in zip(spans, answers, strict=True):
             ids += self._between(ids, text[before:start])
-            first = len(ids)
-            ids += self._continuation("\n", text[start:end])
-            token_spans.append((first, len(ids)))
+            turn, first = self._continuation("\n", text[start:end], answer - start)
+            token_answers.append(len(ids) + first)
+            token_spans.append((len(ids), len(ids) + len(turn)))
+            ids += turn
             before = end
-        return Tokens(ids + self._between(ids, text[before:]), token_spans)
+        return Tokens(ids + self._between(ids, text[before:]), token_spans, token_answers)
 
     def _first_token(self, encoding: "BatchEncoding", text: str, start: int, last: int) -> int | None:
         """Index of the first token after `text[:start]`; None where that prefix has other ids when encoded alone.
@@ -107,9 +133,33 @@ class SpanTokenizer:
         """Ids of text that follows an end-of-turn token, the last of `ids`; it may swallow white space after it."""
         if not ids:
             return self.ids(text)
-        return self._continuation(self._tokenizer.convert_ids_to_tokens(ids[-1:])[0], text) if text else []
+        return self._continuation(self._tokenizer.convert_ids_to_tokens(ids[-1:])[0], text)[0] if text else []
 
-    def _continuation(self, anchor: str, text: str) -> list[int]:
-        """Ids of `text` as it stands after other text: without the space that SentencePiece puts at a beginning."""
-        anchor_ids, ids = self.ids(anchor), self.ids(anchor + text)
-        return ids[len(anchor_ids) :] if ids[: len(anchor_ids)] == anchor_ids else self.ids(text)
+    def _continuation(self, anchor: str, text: str, place: int = 0) -> tuple[list[int], int]:
+        """Ids of `text` as it stands after other text: without the space that SentencePiece puts at a beginning.
+
+        And the index of the first of them that is not wholly before the character `place`.
+        """
+        anchor_ids, encoding = self.ids(anchor), self._encode(anchor + text)
+        num_before, shift = len(anchor_ids), len(anchor)
+        if encoding.input_ids[:num_before] != anchor_ids:
+            encoding, num_before, shift = self._encode(text), 0, 0
+        ids = encoding.input_ids[num_before:]
+        if place == 0:
+            return ids, 0
+        if self._tokenizer.is_fast:
+            return ids, _first_after(encoding, num_before, len(ids) + num_before - 1, shift + place) - num_before
+        # Where the text before `place` merges with what follows, the token belongs to the latter.
+        return ids, common_length(self._continuation(anchor, text[:place])[0], ids)
+
+    def _encode(self, text: str) -> "BatchEncoding":
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)
+
+
+def _first_after(encoding: "BatchEncoding", first: int, last: int, place: int) -> int:
+    """Index of the first of the tokens `first` to `last` that ends after the character `place`."""
+    for index in range(first, last):
+        chars = encoding.token_to_chars(index)
+        if chars is not None and chars.end > place:
+            return index
+    return last

@@ -1,11 +1,13 @@
-"""Makes a conversation shorter without touching its last answer: `truncation: oldest_turns`."""
+"""Makes a conversation shorter without touching its last answer: `truncation: oldest_turns` and `left`."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from ftkit.data.types import Conversation, Message
+import numpy as np
+
+from ftkit.data.types import IGNORE, Conversation, Example, Message
 
 Encoded = TypeVar("Encoded")
 
@@ -63,6 +65,25 @@ def shorten(
     cuts = range(1, num_characters)
     num_cut = bisect_left(cuts, True, key=lambda cut: length(encode_cut(num_characters - cut)) <= max_length)
     return encode_cut(num_characters - cuts[num_cut]) if num_cut < len(cuts) else None
+
+
+def cut_left(example: Example, last_answer: int, *, max_length: int, bos: int | None) -> Example | None:
+    """The example without tokens of its beginning; a BOS there stays. None where that would cut the last answer.
+
+    Args:
+        example: too long.
+        last_answer: index of the first token of the last trained answer, which at least one token must stand before.
+        max_length: tokens.
+        bos: the tokenizer's BOS.
+    """
+    num_bos = int(bos is not None and example.input_ids[0] == bos)
+    start = example.num_tokens - max_length + num_bos
+    if start > last_answer - (1 - num_bos):
+        return None
+    ids = np.concatenate([example.input_ids[:num_bos], example.input_ids[start:]])
+    labels = np.concatenate([example.labels[:num_bos], example.labels[start:]])
+    labels[0] = IGNORE
+    return Example(ids, labels, truncated=True)
 
 
 def _cut_middle(message: Message, keep: int) -> Message:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.data.chat import chat_template_for
-from ftkit.data.encode import Encoder
+from ftkit.data.encode import Encoder, make_encoder
 from ftkit.errors import UserError
 from ftkit.evaluation.compare import Contestant
 from ftkit.evaluation.prompts import ChatPrompts, Prompts, RawPrompts, choose_mode
@@ -91,20 +91,12 @@ def _tokenizer(target: Target) -> PreTrainedTokenizerBase:
 def _chat_prompts(tokenizer: PreTrainedTokenizerBase, template: str | None, recipe: Recipe | None) -> ChatPrompts:
     """Every model is asked through the tuned run's template, each with its own tokenizer."""
     tokenizer.chat_template = template
-    data = recipe.data if recipe is not None else None
-    kwargs = data.chat_template_kwargs if data is not None else {}
-    chat = chat_template_for(tokenizer, ModelSection(), Path.cwd(), kwargs)
-    defaults = DataSection.model_fields
-    return ChatPrompts(
-        tokenizer,
-        Encoder(
-            tokenizer,
-            chat,
-            max_length=data.max_length if data is not None else defaults["max_length"].default,
-            turns=data.turns if data is not None else "auto",
-            train_on=data.train_on if data is not None else "assistant",
-        ),
-    )
+    if recipe is not None:
+        chat = chat_template_for(tokenizer, ModelSection(), Path.cwd(), recipe.data.chat_template_kwargs)
+        return ChatPrompts(tokenizer, make_encoder(tokenizer, chat, recipe.data))
+    chat = chat_template_for(tokenizer, ModelSection(), Path.cwd(), {})
+    max_length = DataSection.model_fields["max_length"].default
+    return ChatPrompts(tokenizer, Encoder(tokenizer, chat, max_length=max_length))
 
 
 def check_labels(targets: Sequence[Target]) -> None:

@@ -105,6 +105,21 @@ def fetch(repo_id: str, commit: str, *, weights: bool, code: bool, offline: bool
     return directory
 
 
+def fetch_tokenizer(repo_id: str, *, code: bool, offline: bool) -> Path:
+    """The directory with the tokenizer of a repository's default branch, which needs no weights.
+
+    Args:
+        code: Python files too, for a tokenizer that brings its own.
+
+    Raises:
+        UserError, NetworkError, StorageError: as `fetch`.
+    """
+    patterns = [*SMALL_FILES, "*.py"] if code else SMALL_FILES
+    local = offline or is_offline_mode()
+    with hub_errors(repo_id, None), disable_progress_bars():
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, local_files_only=local))
+
+
 def _resolve_online(repo_id: str, revision: str | None) -> str:
     with hub_errors(repo_id, revision):
         info = HfApi().model_info(repo_id, revision=revision, timeout=REQUEST_TIMEOUT)
@@ -170,7 +185,7 @@ def _translate(error: BaseException, repo_id: str, revision: str | None) -> Ftki
     if isinstance(error, AnyHttpError | ConnectionError | TimeoutError):
         return NetworkError(
             f"the hub ({HfApi().endpoint}) could not be reached ({type(error).__name__})",
-            how=f"check the network and try again, or set base_model to a local directory instead of {repo_id}",
+            how=f"check the network and try again, or name a local directory instead of {repo_id}",
         )
     if isinstance(error, OSError):
         what = f"{repo_id} could not be stored: {error.strerror or type(error).__name__}"

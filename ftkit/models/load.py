@@ -69,7 +69,7 @@ def find_base(
     """
     path = (base / Path(base_model).expanduser()).absolute()
     if base_model.startswith(HUB_PREFIX) or not path.exists():
-        if not base_model.startswith(HUB_PREFIX) and _looks_like_path(base_model):
+        if not base_model.startswith(HUB_PREFIX) and looks_like_path(base_model):
             raise UserError(f"no such model: {path}", how=_similar(path), key=BASE_KEY)
         repo_id = base_model.removeprefix(HUB_PREFIX)
         try:
@@ -266,7 +266,8 @@ def _unsupported(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether a name that is no path here was meant as one, not as a hub id."""
     return name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
 
 

@@ -83,14 +83,16 @@ def resolve(loaded: LoadedRecipe) -> Recipe:
         paths = [_absolute_input(dataset.path, base) for dataset, base in zip(datasets, bases, strict=True)]
         return tuple(d.model_copy(update={"path": path}) for d, path in zip(datasets, paths, strict=True))
 
-    template = recipe.model.chat_template
-    if template is not None:
-        template = _absolute_input(template, loaded.directory(("model", "chat_template")), patterns=False)
+    model = {
+        name: _absolute_input(value, loaded.directory(("model", name)), patterns=False)
+        for name in ("chat_template", "tokenizer")
+        if (value := getattr(recipe.model, name)) is not None
+    }
     data = {"train": absolute("train", recipe.data.train), "eval": absolute("eval", recipe.data.eval)}
     return recipe.model_copy(
         update={
             "base_model": _absolute_input(recipe.base_model, loaded.directory(("base_model",))),
-            "model": recipe.model.model_copy(update={"chat_template": template}),
+            "model": recipe.model.model_copy(update=model),
             "data": recipe.data.model_copy(update=data),
             "output_dir": _resolved_output(recipe.output_dir, loaded.path.stem),
         }

@@ -8,12 +8,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ftkit.console import Console, human_count, make_table
 from ftkit.data.chat import ChatTemplate, chat_template_for
-from ftkit.data.encode import Encoder
+from ftkit.data.encode import make_encoder
 from ftkit.data.plan import Plan, make_plan
 from ftkit.errors import UserError
-from ftkit.models.load import BaseModel, find_base, load_config, load_tokenizer
+from ftkit.models.load import BaseModel, find_base, load_config
+from ftkit.models.tokenizer import recipe_tokenizer
 from ftkit.recipe.load import LoadedRecipe
-from ftkit.recipe.schema import DataSection, Recipe
+from ftkit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
         offline=offline,
         trust_remote_code=trust_remote_code,
     )
-    config, tokenizer = load_config(base), load_tokenizer(base)
+    config = load_config(base)
+    tokenizer = recipe_tokenizer(recipe.model, base, config, directory=loaded.directory(("model", "tokenizer")))
     template_directory = loaded.directory(("model", "chat_template"))
     template = chat_template_for(tokenizer, recipe.model, template_directory, recipe.data.chat_template_kwargs)
     encoder = make_encoder(tokenizer, template, recipe.data)
@@ -94,11 +96,6 @@ def _check_metric(recipe: Recipe, plan: Plan) -> None:
         raise UserError(
             f"{metric} is not measured", key=("training", "metric_for_best_model"), how=f"choose {' or '.join(known)}"
         )
-
-
-def make_encoder(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, section: DataSection) -> Encoder:
-    """The one encoder of training, evaluation and preview."""
-    return Encoder(tokenizer, template, max_length=section.max_length, turns=section.turns, train_on=section.train_on)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,6 +3,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ class ByteEncoder:
     def __init__(self, max_length: int = 10_000) -> None:
         self.max_length = max_length
         self.digest = f"{type(self).__name__} {max_length}"
+        self.template = SimpleNamespace(expects_thoughts=False)
 
     def encode(self, document: Document, where: str = "") -> EncodeResult:
         assert isinstance(document, Text)

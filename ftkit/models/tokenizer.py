@@ -1,0 +1,59 @@
+"""The tokenizer of a recipe: the base model's own, or the one that `model.tokenizer` names."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from ftkit.errors import FtkitError, KeyPath, UserError
+from ftkit.models.hub import fetch_tokenizer
+from ftkit.models.load import HUB_PREFIX, BaseModel, load_tokenizer, looks_like_path
+from ftkit.recipe.schema import ModelSection
+
+TOKENIZER_KEY: KeyPath = ("model", "tokenizer")
+
+
+def recipe_tokenizer(
+    section: ModelSection, base: BaseModel, config: PreTrainedConfig, *, directory: Path
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that template, encoding and result have.
+
+    Args:
+        section: the recipe's model section.
+        base: the base model.
+        config: its configuration.
+        directory: what a relative path is relative to.
+
+    Raises:
+        UserError: there is no such tokenizer, or it has tokens that the base model has no embeddings for.
+        NetworkError: the hub cannot be reached.
+    """
+    if section.tokenizer is None:
+        return load_tokenizer(base)
+    try:
+        tokenizer = load_tokenizer(_find(section.tokenizer, base, directory))
+    except FtkitError as error:
+        raise type(error).of(replace(problem, key=TOKENIZER_KEY) for problem in error.problems) from None
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    num_embeddings = config.get_text_config().vocab_size
+    if num_tokens > num_embeddings:
+        raise UserError(
+            f"{section.tokenizer} has {num_tokens} tokens, {base.name} has embeddings for {num_embeddings}",
+            how="choose a tokenizer of the base model's family, or leave the key out",
+            key=TOKENIZER_KEY,
+        )
+    return tokenizer
+
+
+def _find(name: str, base: BaseModel, directory: Path) -> BaseModel:
+    """Where the tokenizer's files are; a path that exists wins over a hub id."""
+    path = (directory / Path(name).expanduser()).absolute()
+    on_hub = name.startswith(HUB_PREFIX)
+    if path.is_dir() and not on_hub:
+        return BaseModel(name, path=path, trust_remote_code=base.trust_remote_code)
+    if path.exists() and not on_hub:
+        raise UserError(f"{path} is a file", how="name the directory that it is in")
+    if looks_like_path(name) and not on_hub:
+        raise UserError(f"no such directory: {path}", how="name a directory with a tokenizer, or a hub id")
+    path = fetch_tokenizer(name.removeprefix(HUB_PREFIX), code=base.trust_remote_code, offline=base.offline)
+    return BaseModel(name, path=path, trust_remote_code=base.trust_remote_code)
