@@ -45,7 +45,7 @@ RECIPE, ENVIRONMENT, METRICS, LOG, VALIDATION = (
 CHECKPOINTS, ADAPTER, MODEL, MERGED, EXPORT = "checkpoints", "adapter", "model", "merged", "export"
 RESULTS = (ADAPTER, MODEL, MERGED, EXPORT)
 """What follows from the run's weights, and no longer does once it goes on."""
-STEPS, BASE = "optimizer_steps", "base_model"
+STEPS, BASE, DATA = "optimizer_steps", "base_model", "data_fingerprint"
 """Keys of environment.json: the length that the run was planned to, and the `BaseIdentity`."""
 _UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
 """Placeholder of `output_dir` that differs from run to run -> what it is filled with, as a regular expression."""
@@ -170,6 +170,12 @@ def recorded_base(run: Path) -> BaseIdentity | None:
     """The base that the run trains on; None where it does not say."""
     values = _environment(run).get(BASE)
     return BaseIdentity(**values) if isinstance(values, dict) else None
+
+
+def recorded_data(run: Path) -> str | None:
+    """The fingerprint of the plan that the run was trained by; None where it does not say."""
+    value = _environment(run).get(DATA)
+    return value if isinstance(value, str) else None
 
 
 def _environment(run: Path) -> dict[str, Any]:

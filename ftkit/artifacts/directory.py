@@ -37,7 +37,7 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     staging: Path | None = None
     try:
         with storage_errors(f"cannot write {output}", how="free space, or choose another --output"):
-            output.parent.mkdir(parents=True, exist_ok=True)
+            _make_parent(output)
             # mkdtemp keeps its directory to its owner; the one inside gets the user's usual permissions.
             staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
             content = staging / output.name
@@ -59,6 +59,14 @@ def staged(output: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make_parent(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        what = f"cannot create {output.parent}: {(error.strerror or '').lower()}"
+        raise UserError(what, how="choose another --output") from None
 
 
 def check_free(output: Path, *, overwrite: bool) -> None:

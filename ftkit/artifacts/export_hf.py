@@ -6,7 +6,8 @@ import torch
 
 from ftkit.artifacts.directory import copy_companions, staged, write_config
 from ftkit.artifacts.merge import merge
-from ftkit.artifacts.weights import copy_weights, rewrite, stored_dtype
+from ftkit.artifacts.weights import copy_weights, rewrite
+from ftkit.models.files import stored_dtype
 from ftkit.models.load import load_config, local_directory
 from ftkit.runs import Target
 

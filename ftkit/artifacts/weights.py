@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -101,16 +100,6 @@ def check_tensors(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckFailedError(f"the merged files are wrong: {', '.join(wrong[:3])}{more}", how="merge again")
-
-
-def stored_dtype(source: Path) -> torch.dtype:
-    """The precision that most floating-point values of a model's files have."""
-    values: Counter[torch.dtype] = Counter()
-    for path in weight_files(source):
-        for _, tensor in _tensors(path):
-            if tensor.is_floating_point():
-                values[tensor.dtype] += tensor.numel()
-    return values.most_common(1)[0][0]
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

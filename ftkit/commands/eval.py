@@ -34,8 +34,9 @@ def evaluate(
 
     from ftkit.evaluation.compare import evaluate_models
     from ftkit.evaluation.contestants import check_labels, leading_target, load_contestants
+    from ftkit.methods.files import check_base, identify
     from ftkit.models.load import choose_compute_dtype
-    from ftkit.runs import find_target, write_json
+    from ftkit.runs import find_target, recorded_base, write_json
 
     console = Console()
     if output is not None and output.is_dir():
@@ -48,6 +49,8 @@ def evaluate(
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
     targets = [found]
     if found.base is not None and not no_compare:
+        if found.run is not None and (trained_on := recorded_base(found.run)) is not None:
+            check_base(found.run, trained_on, identify(found.base, remembered=True))
         base = replace(
             found, label=found.base.name, model=found.base, adapter=None, tokenizer=None, run=None, base=None
         )
@@ -91,7 +94,7 @@ def _tasks(
     from ftkit.evaluation.items import validation_tasks
     from ftkit.evaluation.suite import read_suite
     from ftkit.recipe.load import load_recipe
-    from ftkit.runs import RECIPE
+    from ftkit.runs import RECIPE, recorded_data
     from ftkit.training.prepare import prepare
 
     if suite is not None:
@@ -101,10 +104,14 @@ def _tasks(
         raise UserError(f"{target.label} belongs to no run, so there are no validation rows", how="name a --suite FILE")
     loaded = load_recipe(target.run / RECIPE)
     plan = prepare(loaded, Console(quiet=True), offline=offline, trust_remote_code=trust_remote_code).plan
-    documents = {name: [document for _, document in rows] for name, rows in plan.validation_documents.items()}
-    if not documents:
+    if recorded_data(target.run) != plan.fingerprint:
+        raise UserError(
+            f"the data of {target.run} is not what it was trained on, so its validation rows are not known any more",
+            how="restore the data files, or name a --suite FILE",
+        )
+    if not plan.validation_documents:
         raise UserError(f"{target.run} held no rows back for validation", how="name a --suite FILE")
-    return "auto", validation_tasks(documents, limit=limit)
+    return "auto", validation_tasks(plan.validation_documents, limit=limit)
 
 
 def _with_short_labels(targets: "list[Target]") -> "list[Target]":

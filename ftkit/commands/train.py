@@ -189,7 +189,17 @@ def _write_records(
     loaded: LoadedRecipe, prepared: "Prepared", built: "Built", run: Path, metrics: "MetricsFile"
 ) -> None:
     """recipe.yaml, environment.json and validation.json; metrics.jsonl cut back to what the checkpoint had seen."""
-    from ftkit.runs import BASE, ENVIRONMENT, RECIPE, STEPS, VALIDATION, describe_environment, write_json, write_whole
+    from ftkit.runs import (
+        BASE,
+        DATA,
+        ENVIRONMENT,
+        RECIPE,
+        STEPS,
+        VALIDATION,
+        describe_environment,
+        write_json,
+        write_whole,
+    )
 
     metrics.truncate(built.state.metrics_lines)
     recipe = resolve(loaded)
@@ -201,7 +211,7 @@ def _write_records(
     write_json(
         run / ENVIRONMENT,
         describe_environment(built.loop.world.device, built.loop.world.size)
-        | {"seed": prepared.recipe.seed, "data_fingerprint": prepared.plan.fingerprint}
+        | {"seed": prepared.recipe.seed, DATA: prepared.plan.fingerprint}
         | {STEPS: len(prepared.plan.steps)}
         | {BASE: asdict(built.identity), "precision": built.precision, "packing": built.isolation.reason},
     )

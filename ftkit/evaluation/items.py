@@ -55,21 +55,21 @@ class Task:
 
 
 def validation_tasks(
-    documents: Mapping[str, Sequence[Document]], *, limit: int | None = None, seed: int = DEFAULT_SEED
+    documents: Mapping[str, Sequence[tuple[int, Document]]], *, limit: int | None = None, seed: int = DEFAULT_SEED
 ) -> tuple[Task, ...]:
     """Tasks from a run's validation rows: perplexity, and exact match and token-F1 where there are reference answers.
 
     Perplexity is the exponential of what the run logs as eval_loss of these rows.
 
     Args:
-        documents: by data set; conversations end in an assistant turn.
+        documents: by data set (row id, document); conversations end in an assistant turn.
         limit: at most so many rows a data set.
         seed: of the subset.
     """
     tasks = []
     for name, rows in documents.items():
-        kept = _subset(len(rows), limit, seed, name)
-        items = tuple(Item(rows[index], _truth_of(rows[index]), f"{name} row {index}") for index in kept)
+        kept = [rows[index] for index in _subset(len(rows), limit, seed, name)]
+        items = tuple(Item(document, _truth_of(document), f"{name} row {row}") for row, document in kept)
         has_references = any(item.truth.references for item in items)
         metrics = ("perplexity", "exact_match", "token_f1") if has_references else ("perplexity",)
         tasks.append(Task(name, metrics, items, rates_all_turns=True))

@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 
 from ftkit.errors import KeyPath, StorageError, UserError
 
@@ -184,3 +186,15 @@ def flush_entry(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The precision that most floating-point values of a model's files have, whatever its configuration says."""
+    values: Counter[torch.dtype] = Counter()
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)  # mapped, not read
+                if tensor.is_floating_point():
+                    values[tensor.dtype] += tensor.numel()
+    return values.most_common(1)[0][0]

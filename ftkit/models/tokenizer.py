@@ -1,9 +1,11 @@
 """The tokenizer of a recipe: the base model's own, or the one that `model.tokenizer` names."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.errors import FtkitError, KeyPath, UserError
 from ftkit.models.hub import fetch_tokenizer
@@ -43,6 +45,31 @@ def recipe_tokenizer(
             key=TOKENIZER_KEY,
         )
     return tokenizer
+
+
+@torch.no_grad()
+def untrained_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int]
+) -> tuple[str, ...]:
+    """What to say of tokens whose embedding is another token's too: reserved rows that no training has touched yet.
+
+    A frozen one stays so: a model cannot tell it from the others, and learns to end its turns in any of them.
+
+    Args:
+        token_ids: those that the run depends on, such as the ends of turns.
+    """
+    weight_VD = model.get_input_embeddings().weight
+    assert isinstance(weight_VD, torch.Tensor)
+    notes = []
+    for token_id in token_ids:
+        same = int(torch.eq(weight_VD, weight_VD[token_id]).all(dim=1).sum())
+        if same > 1:
+            token = tokenizer.convert_ids_to_tokens(token_id)
+            notes.append(
+                f"the embedding of {token} is that of {same - 1} other tokens too: the base was never trained on it. "
+                "Choose a chat template of tokens that it knows (model.chat_template: plain), or train every weight"
+            )
+    return tuple(notes)
 
 
 def _find(name: str, base: BaseModel, directory: Path) -> BaseModel:

@@ -18,6 +18,7 @@ from ftkit.models.isolation import Isolation, choose_packing
 from ftkit.models.load import choose_compute_dtype, load_weights
 from ftkit.models.objective import Objective
 from ftkit.models.precision import compute_in
+from ftkit.models.tokenizer import untrained_tokens
 from ftkit.recipe.schema import Recipe
 from ftkit.runs import MetricsFile, recorded_base
 from ftkit.training.checkpoint import Checkpoint, load_optimizer, load_random
@@ -91,6 +92,7 @@ def build(
     if checkpoint is not None and (trained_on := recorded_base(run)) is not None:
         check_base(checkpoint.path, trained_on, identity)
     model = _model_with_method(prepared, method, compute_dtype, isolation, checkpoint)
+    untrained = untrained_tokens(model, prepared.tokenizer, prepared.template.end_of_turn_ids)
     torch.manual_seed(recipe.seed + world.rank)
     counts = report(model)
     sharded = world.size > 1 and recipe.training.parallel == "fsdp"
@@ -132,7 +134,7 @@ def build(
         save=save,
     )
     precision = _precision_in_words(counts, compute_dtype, reason)
-    notes = (*objective.notes, *_notes_on_sharing(recipe, world))
+    notes = (*objective.notes, *untrained, *_notes_on_sharing(recipe, world))
     return Built(loop, state, model, method, identity, isolation, counts, precision, notes)
 
 

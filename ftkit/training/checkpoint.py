@@ -179,12 +179,20 @@ def rotate(directory: Path, *, keep: int, best: Path | None) -> None:
 # --------------------------------------------------------------------------------- what is saved, as plain tensors
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state as `NAME.exp_avg` etc., whole tensors on the CPU. A collective: every process must call it."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, keep: bool = True
+) -> dict[str, Tensor]:
+    """AdamW's state as `NAME.exp_avg` etc., whole tensors on the CPU. A collective: every process must call it.
+
+    Args:
+        keep: whether this process writes them; the others only take part, one tensor at a time, and get none.
+    """
     tensors = {}
     for name, parameter in parameters.items():
         for moment, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{moment}"] = whole(value).detach().to("cpu", copy=True).contiguous()
+            tensor = whole(value).detach()
+            if keep:
+                tensors[f"{name}.{moment}"] = tensor.to("cpu", copy=True).contiguous()
     return tensors
 
 
@@ -207,10 +215,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
 
 
 def random_tensors(world: World) -> dict[str, Tensor]:
-    """The states of torch's generators on every rank, `RANK.cpu` and `RANK.cuda`. A collective."""
+    """The states of torch's generators on every rank, `RANK.cpu` and `RANK.cuda` or `RANK.mps`. A collective."""
     own = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         own["cuda"] = torch.cuda.get_rng_state(world.device)
+    elif world.device.type == "mps":
+        own["mps"] = torch.mps.get_rng_state()
     states = world.gather(own)
     return {f"{rank}.{kind}": state for rank, part in enumerate(states) for kind, state in part.items()}
 
@@ -225,7 +235,7 @@ def check_world(checkpoint: Checkpoint, world: World) -> None:
         names = set(file.keys())
     if names != {f"{rank}.{kind}" for rank in range(world.size) for kind in ("cpu", world.device.type)}:
         processes = len({name.split(".")[0] for name in names})
-        kind = "GPU" if any(name.endswith("cuda") for name in names) else "CPU"
+        kind = "CPU" if all(name.endswith("cpu") for name in names) else "GPU"
         raise UserError(
             f"{checkpoint.path} was written by {processes} process(es) on {kind}, and this run has {world.size} on "
             f"{world.device.type}",
@@ -239,6 +249,8 @@ def load_random(path: Path, world: World) -> None:
     torch.set_rng_state(tensors[f"{world.rank}.cpu"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(tensors[f"{world.rank}.cuda"], world.device)
+    elif world.device.type == "mps":
+        torch.mps.set_rng_state(tensors[f"{world.rank}.mps"])
 
 
 def _measure(path: Path) -> dict[str, Any]:

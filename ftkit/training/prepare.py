@@ -43,7 +43,8 @@ class Prepared:
             f"plan       {len(plan.steps)} steps of {self.recipe.training.global_batch_size} examples, "
             f"{human_count(plan.num_tokens)} tokens, {human_count(sum(plan.targets_per_step))} of them trained on"
         )
-        for warning in plan.warnings:
+        template_warning = [self.template.warning] if self.template.warning else []
+        for warning in (*template_warning, *plan.warnings):
             console.warning(warning)
 
 

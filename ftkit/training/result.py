@@ -17,7 +17,7 @@ from ftkit.console import human_bytes
 from ftkit.errors import StorageError
 from ftkit.methods.base import Method
 from ftkit.methods.files import BaseIdentity
-from ftkit.models.files import CONFIG_NAME, flush, flush_entry, read_json, storage_errors
+from ftkit.models.files import CONFIG_NAME, flush, flush_entry, read_json, storage_errors, stored_dtype
 from ftkit.models.load import local_directory
 from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, write_json
 from ftkit.training.checkpoint import checkpoint_name, find_damage
@@ -101,7 +101,7 @@ def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: M
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(source, staging)
             if method.name == "full":
-                _cast_model(staging, _stored_dtype(prepared))
+                _cast_model(staging, stored_dtype(local_directory(prepared.base, weights=True)))
             flush(staging)
             if target.exists():
                 # Only a run that was interrupted between this rename and its end has one already.
@@ -119,11 +119,6 @@ def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: M
         commands += [f"ftkit merge {run}"]
     commands += [f"ftkit export {run} --format {'hf' if method.name == 'full' else 'adapter'}"]
     return Result(target, f"{target} holds the weights of {which}, {size}", tuple(commands))
-
-
-def _stored_dtype(prepared: Prepared) -> torch.dtype:
-    dtype = prepared.config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _cast_model(directory: Path, dtype: torch.dtype) -> None:

@@ -39,7 +39,8 @@ class Saver:
         """Write `state` with weights, optimizer and generators. A collective: every process must call it."""
         state.metrics_lines = self.world.broadcast(self.metrics.lines)
         weights = self.method.trained_state(self.model, gather=self._for_writer)
-        moments, random = optimizer_tensors(self.optimizer, self.parameters), random_tensors(self.world)
+        moments = optimizer_tensors(self.optimizer, self.parameters, keep=self.world.is_main)
+        random = random_tensors(self.world)
         self.world.on_main(lambda: self._write(state, weights, moments, random))
 
     def _for_writer(self, shard: Tensor) -> Tensor:

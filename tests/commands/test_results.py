@@ -14,6 +14,7 @@ from ftkit.commands.merge import merge
 from ftkit.commands.plan import plan
 from ftkit.commands.train import train
 from ftkit.errors import UserError
+from tests.tiny_models import save_tiny
 from tests.tiny_runs import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -149,3 +150,28 @@ def test_plan_builds_a_model_from_its_own_code_where_it_may(tmp_path, monkeypatc
     assert json.loads(capsys.readouterr().out)["optimizer_steps"] == 6
     with pytest.raises(UserError, match="--trust-remote-code"):
         plan(recipe, [])
+
+
+def test_eval_refuses_rows_that_it_cannot_tell_from_trained_ones(tmp_path):
+    train(write_recipe(tmp_path), [])
+    run = tmp_path / "runs" / "recipe-1"
+    held_back = json.loads((run / "validation.json").read_text())["rows"]
+    evaluate(str(run), output=tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["results"][0]["n"] == len(held_back)
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(UserError, match="is not what it was trained on"):
+        evaluate(str(run))
+
+
+def test_a_full_run_is_compared_with_the_base_that_it_was_tuned_from(tmp_path):
+    train(write_recipe(tmp_path, method="full"), [])
+    save_tiny(tmp_path / "base-llama", seed=9)
+    with pytest.raises(UserError, match="was trained on"):
+        evaluate(str(tmp_path / "runs" / "recipe-1"))
+
+
+def test_an_output_that_cannot_be(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create"):
+        merge([str(run)], output=tmp_path / "file" / "merged")

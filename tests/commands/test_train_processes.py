@@ -13,7 +13,8 @@ from tests.tiny_runs import cli_command, cli_environment, losses, read_metrics, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "parallel"), [("lora", "ddp"), ("full", "ddp"), ("full", "fsdp"), ("lora", "fsdp"), ("adapter", "ddp")]
+    ("method", "parallel"),
+    [("lora", "ddp"), ("full", "ddp"), ("full", "fsdp"), ("lora", "fsdp"), ("adapter", "ddp"), ("adapter", "fsdp")],
 )
 def test_two_processes_train_like_one(tmp_path, method, parallel):
     recipe = write_recipe(tmp_path, method=method, rows=30)
@@ -25,6 +26,10 @@ def test_two_processes_train_like_one(tmp_path, method, parallel):
     runs = tmp_path / "runs"
     # float32: only the order of additions differs.
     assert losses(runs / "recipe-2") == pytest.approx(losses(runs / "recipe-1"), abs=1e-4)
+    # Adam hardly sees the scale of a gradient: its norm does.
+    norms = [[line["grad_norm"] for line in read_metrics(run) if "grad_norm" in line] for run in sorted(runs.iterdir())]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert norms[1][0] == pytest.approx(norms[0][0], rel=1e-5)
     assert two.stdout.count("step 6/6  loss") == 1
     log = (runs / "recipe-2" / "train.log").read_text()
     for rank in (0, 1):

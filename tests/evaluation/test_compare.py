@@ -132,7 +132,7 @@ def test_perplexity_of_validation_rows_is_the_exponential_of_the_loss(tuned: Pre
         (Message("user", "sky"), Message("assistant", "blue"), Message("user", "sun"), Message("assistant", "tan"))
     )
     texts = [Text("the sky"), Text("a much longer text")]
-    tasks = validation_tasks({"chat": [conversation, conversation], "text": texts})
+    tasks = validation_tasks({"chat": list(enumerate([conversation, conversation])), "text": list(enumerate(texts))})
     prompts = chat_prompts()
     found = evaluate_models([Contestant("tuned", tuned, prompts)], tasks)
     scores = {(result.task, result.metric): result.score for result in found.results}

@@ -150,7 +150,7 @@ def test_validation_rows_become_tasks() -> None:
         (Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2"))
     )
     call = Conversation((Message("user", "q"), Message("assistant", "", tool_calls=({"type": "function"},))))
-    chat, text = validation_tasks({"chat": [conversation, call], "text": [Text("t")]})
+    chat, text = validation_tasks({"chat": [(4, conversation), (7, call)], "text": [(0, Text("t"))]})
     assert chat.metrics == ("perplexity", "exact_match", "token_f1")
     assert [item.truth.references for item in chat.items] == [("a2",), ()]
     assert chat.rates_all_turns
