@@ -47,6 +47,13 @@ class _Epoch:
 
 
 def draw_run(recipe: Recipe, train: Sequence[Corpus], split: Split, encoder: Encoder, progress: Progress) -> Drawn:
+    """Draw, phrase and encode what the run trains on, and deal it into steps.
+
+    Where `max_steps` ends the run inside an epoch, no more rows are encoded than it needs.
+
+    Raises:
+        UserError: a data set has no token to train on, the template refuses rows, or the mixture is used up.
+    """
     training = recipe.training
     num_steps = training.max_steps
     rows = None if num_steps is None else num_steps * training.global_batch_size + _window(training.global_batch_size)

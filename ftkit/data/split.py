@@ -32,6 +32,11 @@ class Split:
 
 
 def split_rows(recipe: Recipe, train: Sequence[Corpus], evaluation: Sequence[Corpus]) -> Split:
+    """Hold validation rows back, or take those of data.eval, and find rows that say the same.
+
+    Raises:
+        UserError: a data set keeps no row to train on.
+    """
     data = recipe.data
     groups = groups_of([corpus.keys for corpus in (*train, *evaluation)])
     trained_groups, measured_groups = groups[: len(train)], groups[len(train) :]

@@ -155,7 +155,7 @@ def test_validation_rows_become_tasks() -> None:
     assert [item.truth.references for item in chat.items] == [("a2",), ()]
     assert chat.rates_all_turns
     assert text.metrics == ("perplexity",)
-    many = {"chat": [conversation] * 100}
+    many = {"chat": list(enumerate([conversation] * 100))}
     assert len(validation_tasks(many, limit=10)[0].items) == 10
 
 
