@@ -1,0 +1,56 @@
+"""The logits of a model on a few fixed tokens, as a file: those of a run's last step, and those of what is on disk.
+
+python -m tests.recipes.logits live FILE ARGUMENTS...   runs `ftkit ARGUMENTS`, a training; FILE: the trained model's
+python -m tests.recipes.logits loaded FILE TARGET       FILE: those of TARGET, as `ftkit eval` loads it
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ftkit.cli import run
+from ftkit.evaluation.contestants import load_contestants
+from ftkit.models.load import choose_compute_dtype
+from ftkit.runs import find_target
+from ftkit.training.loop import Loop
+from ftkit.training.state import LoopState
+
+INPUT_IDS = torch.arange(250)[None, ::5]
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    """Float32 [1, T, V]."""
+    # ftkit's own attention, which a training may use, wants the bounds of documents.
+    model.set_attn_implementation("sdpa")
+    return model.eval()(input_ids=INPUT_IDS, use_cache=False).logits.float()
+
+
+def train(file: Path, arguments: list[str]) -> int:
+    """Run a command line that trains, and keep the logits of the model in memory once its loop is done."""
+    run_loop = Loop.run
+
+    def run_and_keep(loop: Loop, state: LoopState) -> None:
+        run_loop(loop, state)
+        save_file({"logits": logits(loop.objective.model)}, file)
+
+    Loop.run = run_and_keep
+    return run(arguments)
+
+
+def load(file: Path, target: str) -> int:
+    """Keep the logits of a target."""
+    device = torch.device("cpu")
+    dtype, _ = choose_compute_dtype("auto", device)
+    (contestant,) = load_contestants([find_target(target)], mode="raw", dtype=dtype, device=device)
+    save_file({"logits": logits(contestant.model)}, file)
+    return 0
+
+
+if __name__ == "__main__":
+    what, file, *arguments = sys.argv[1:]
+    sys.exit(train(Path(file), arguments) if what == "live" else load(Path(file), *arguments))
