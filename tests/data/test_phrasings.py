@@ -202,3 +202,11 @@ def test_braces_hold_names_only() -> None:
     assert parse_template("{a.b} {{x}}") == ((("", "a.b")), (" {", None), ("x}", None)) or parse_template("{a.b}")
     with pytest.raises(ValueError, match="is no field name"):
         parse_template("{a!r}")
+
+
+def test_the_documentation_lists_the_library() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "mixtures.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| (\w+) \| (\S+)", text, flags=re.MULTILINE)
+    assert {name: (cluster, path) for name, cluster, path in listed} == {
+        name: (phrasings.section.cluster, phrasings.section.path) for name, phrasings in library().items()
+    }
