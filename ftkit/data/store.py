@@ -165,7 +165,7 @@ class ExampleStore(Sequence[EncodedExample]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         batch, place = self._table.locate(index)
-        ids = _slice(batch.column("input_ids"), place)
+        ids = _slice(batch.column("input_ids"), place).copy()
         labels = np.full_like(ids, IGNORE)
         for start, end in _slice(batch.column("spans"), place).reshape(-1, 2):
             labels[start:end] = ids[start:end]

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ftkit.cli import run as ftkit
+from ftkit.console import Console
 from ftkit.recipe.load import load_recipe
 from ftkit.training.checkpoint import find_damage, list_checkpoints
+from ftkit.training.prepare import prepare
 from tests.models.fake_hub import COMMIT, serve
 from tests.tiny_models import save_tiny, tiny_tokenizer
 from tests.tiny_runs import cli_command, cli_environment, read_metrics, result_hash, run_cli, write_recipe
@@ -143,12 +145,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_although_the_loss_i
     model.save_pretrained(base)
     recipe = write_recipe(tmp_path, method="full", eval_steps=1)
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
-    rows[0] = rows[0].replace("Say", "Z")
+    plan = prepare(load_recipe(recipe), Console(quiet=True), offline=True, trust_remote_code=False).plan
+    bad = plan.examples[plan.steps[3][0]].row
+    rows[bad] = rows[bad].replace("Say", "Z")
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     assert ftkit(["train", str(recipe)]) == 3
     stderr = one_line(capsys, "is not finite")
-    step = int(re.search(r"the gradient of step (\d+) is not finite \(rows .*rows:0[,)]", stderr)[1])
-    assert step > 1
+    step = int(re.search(rf"the gradient of step (\d+) is not finite \(rows .*rows:{bad}[,)]", stderr)[1])
+    assert step == 4
     run = tmp_path / "runs" / "recipe-1"
     saved = list_checkpoints(run / "checkpoints")
     assert saved[-1].name == f"step-{step - 1:08d}"

@@ -15,8 +15,8 @@ from ftkit.training.checkpoint import list_checkpoints
 from tests.tiny_runs import cli_command, cli_environment, read_metrics, result_hash, run_cli, write_recipe
 
 TRAINING = {"eval_steps": 1, "save_steps": 3, "max_tokens_per_device": 64}
-# A rate that makes the evaluation of step 1 the best; its step is none that is saved.
-TRAINING |= {"learning_rate": 0.15, "lr_scheduler_type": "constant"}
+# A rate that grows until it hurts: the evaluation of step 2 is the best, and its step is none that is saved.
+TRAINING |= {"learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_steps": 6}
 
 
 @contextmanager
@@ -57,13 +57,13 @@ def evaluations(run):
 
 @pytest.mark.parametrize(
     ("phase", "number"),
-    [(0, 1), (1, 0), (2, 1), (2, -1), (6, 1), (12, 0)],
+    [(0, 1), (3, 0), (4, 1), (4, -1), (6, 1), (12, 0)],
     ids=["before the first step", "step", "evaluation", "end of evaluation", "evaluation to save", "last evaluation"],
 )
 def test_a_run_that_was_interrupted_ends_as_one_that_was_not(uninterrupted, tmp_path, phase, number):
     recipe, expected, counts = uninterrupted
     losses = evaluations(expected)
-    assert min(losses, key=losses.get) == 1
+    assert min(losses, key=losses.get) == 2
     overrides = [f"output_dir={tmp_path / 'run'}"]
     number = number % counts[phase]
     with forward_passes(signal_at=(phase, number)) as done, pytest.raises(Interrupted, match="interrupted") as caught:

@@ -16,12 +16,12 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "svamp": {
         "ID": "chal-0",
-        "Body": "Ines had 31 stamps and 12 coins. She gave 14 of the stamps away",
+        "Body": "Ines had 31 stamps. She gave 14 of the stamps away",
         "Question": "How many stamps does Ines have now?",
         "Equation": "( 31.0 - 14.0 )",
         "Answer": "17",
         "Type": "Subtraction",
-        "question_concat": "Ines had 31 stamps and 12 coins. She gave 14 of the stamps away How many stamps does Ines have now?",
+        "question_concat": "Ines had 31 stamps. She gave 14 of the stamps away How many stamps does Ines have now?",
     },
     # ----------------------------------------------------------------------------------------------- commonsense
     "commonsense_qa": {
@@ -193,7 +193,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "race": {
         "example_id": "middle0.txt",
-        "article": "Tom forgot his lunch. A classmate shared an apple with him, and the next day Tom brought two apples.",
+        "article": "Tom forgot his lunch. A classmate gave him an apple. The next day Tom brought two apples.",
         "answer": "D",
         "question": "Tom brought two apples because he _ .",
         "options": [
@@ -252,7 +252,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "fact1": "Pollen sticks to insects that visit flowers.",
         "fact2": "Bees visit flowers.",
         "combinedfact": "Pollen sticks to bees that visit flowers.",
-        "formatted_question": "What do bees carry from one blossom to another? (A) sand (B) pollen (C) ice (D) roots ...",
+        "formatted_question": "What do bees carry from one blossom to another? (A) sand (B) pollen (C) ice ...",
     },
     # ------------------------------------------------------------------------------------------------- sentiment
     "sst2": {"idx": 0, "sentence": "a dull and shapeless comedy ", "label": 0},
@@ -262,7 +262,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "tweet_sentiment": {"text": "@user The library opens at nine on Friday", "label": 1},
     # --------------------------------------------------------------------------------------------- summarisation
     "xsum": {
-        "document": "The old mill on the river Vez burned for six hours.\nNobody was hurt.\nIts owner wants to rebuild it.",
+        "document": "The old mill on the river Vez burned for hours.\nNobody was hurt. The owner wants to rebuild it.",
         "summary": "A fire has destroyed an old mill, but nobody was hurt.",
         "id": "0",
     },
