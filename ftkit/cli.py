@@ -180,7 +180,7 @@ def preview(
 def merge(
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; a weight of -1 subtracts, default 1."),
+        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="A run or adapter (not in this version: several, weights)."),
     ],
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Base model; default the one that the adapter names.")

@@ -188,8 +188,10 @@ def place_like(value: Tensor, like: Tensor) -> Tensor:
 class SignalWatch:
     """Remembers SIGINT and SIGTERM, so that the loop can end its step and save; a second signal kills at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice: Callable[[], None] = lambda: None) -> None:
+        """`notice` is called once, when the first signal comes: a step may take minutes yet."""
         self.received: int | None = None
+        self._notice = notice
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalWatch":
@@ -206,3 +208,4 @@ class SignalWatch:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = number
+        self._notice()

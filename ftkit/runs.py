@@ -10,6 +10,7 @@ adapter/ | model/  the result
 merged/, export/   what `ftkit merge` and `ftkit export` make of it
 """
 
+import difflib
 import errno
 import glob
 import json
@@ -305,6 +306,12 @@ def find_target(
         return find_base(name, where, base=Path.cwd(), offline=offline, trust_remote_code=trust_remote_code)
 
     path = Path(text)
+    if not path.exists() and "/" in text and path.parent.is_dir():
+        # A directory of this name lies here: runs/nmae is a slip and no hub id, which hf://org/name forces.
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir())
+        close = difflib.get_close_matches(path.name, names, n=1)
+        how = f"did you mean {path.parent / close[0]}?" if close else f"there is {', '.join(names[:5]) or 'nothing'}"
+        raise UserError(f"no such run or directory: {path}", how=how)
     if not path.is_dir():
         return Target(text, locate(text), None, None, None, None)
     run = _run_of(path)

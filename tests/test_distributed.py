@@ -1,13 +1,14 @@
 """What two processes tell each other."""
 
 import os
+import signal
 import socket
 import threading
 
 import pytest
 import torch.multiprocessing as mp
 
-from ftkit.distributed import World
+from ftkit.distributed import SignalWatch, World
 from ftkit.errors import FailedElsewhere, UserError
 
 
@@ -49,3 +50,10 @@ def test_every_error_of_the_main_process_reaches_the_others():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(worker, (port,), nprocs=2)
+
+
+def test_the_first_signal_is_noticed_at_once_and_remembered():
+    notices = []
+    with SignalWatch(lambda: notices.append("seen")) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert (signals.received, notices) == (signal.SIGTERM, ["seen"])

@@ -85,6 +85,15 @@ def test_runs_are_found_newest_first_and_none_that_was_moved_aside(tmp_path):
     assert [path.name for path in found] == ["r-2", "r-3", "r-1"]
 
 
+def test_a_misspelt_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "recipe-1").mkdir(parents=True)
+    with pytest.raises(UserError, match="no such run or directory: runs/recipe-l; did you mean runs/recipe-1"):
+        find_target("runs/recipe-l")
+    with pytest.raises(UserError, match="no such run or directory: runs/x; there is recipe-1"):
+        find_target("runs/x")
+
+
 def test_a_target_that_is_nothing_says_what_it_could_be(tmp_path):
     with pytest.raises(UserError, match="neither a run, a checkpoint, an adapter nor a model"):
         find_target(str(tmp_path))

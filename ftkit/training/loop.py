@@ -59,7 +59,10 @@ class Loop:
         """
         total, section = len(self.plan.steps), self.section
         log_every, eval_every, save_every = cadence(section, total, validated=bool(self.plan.validation))
-        with self.console.progress("training", total=total, completed=state.step) as bar, SignalWatch() as signals:
+        with (
+            self.console.progress("training", total=total, completed=state.step) as bar,
+            SignalWatch(self._notice) as signals,
+        ):
             starts_measured = state.step == 0 and section.eval_on_start and bool(self.plan.validation)
             if starts_measured or state.awaits_evaluation:
                 self._evaluate(state, signals, saved=self._is_due(state.step, save_every))
@@ -95,6 +98,9 @@ class Loop:
     def _is_due(self, step: int, every_steps: int) -> bool:
         """Whether something done every so many steps, and after the last one, is done after `step`."""
         return step == len(self.plan.steps) or (step > 0 and step % every_steps == 0)
+
+    def _notice(self) -> None:
+        self.console.line("a signal came: the step is finished and saved first; a second one ends at once")
 
     def _stops_early(self, state: LoopState) -> bool:
         patience = self.section.early_stopping_patience
