@@ -88,7 +88,7 @@ def load_corpus(
     chosen = np.arange(len(store))
     if key[1] == "train":
         chosen = _in_clusters(store, section, data, dropped)
-        if len(chosen) == 0:
+        if len(chosen) == 0 and (section.clusters or section.exclude_clusters):
             clusters = ", ".join(sorted({str(cluster) for cluster in set(store.column("cluster"))} - {""})) or "none"
             what = f"{section.path} has no rows of these clusters (its own: {clusters})"
             raise UserError(what, how="look at clusters and exclude_clusters", key=(*key, "path"))

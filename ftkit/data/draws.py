@@ -82,10 +82,9 @@ def _draw_epochs(
     recipe: Recipe, train: Sequence[Corpus], split: Split, max_rows: int | None
 ) -> tuple[list[_Epoch], bool]:
     """All epochs of the recipe, or as many as give `max_rows` rows; and whether there can be no more."""
-    sections = recipe.data.train
     sources = [
-        Source(corpus.name, len(places), section.weight, section.repeat)
-        for corpus, places, section in zip(train, split.trained, sections, strict=True)
+        Source(corpus.name, len(places), corpus.section.weight, corpus.section.repeat)
+        for corpus, places in zip(train, split.trained, strict=True)
     ]
     drawn = [0] * len(sources)
     epochs: list[_Epoch] = []

@@ -112,6 +112,11 @@ def make_plan(
     """
     # 1. Rows -> documents, and which of them are measured and never trained on.
     train = _load(recipe, recipe.data.train, "train", directory, progress)
+    # Data sets of a cluster that the mixture leaves out.
+    train = [corpus for corpus in train if len(corpus.chosen)]
+    if not train:
+        what = "the clusters leave no row to train on"
+        raise UserError(what, how="change clusters or exclude_clusters", key=("data", "exclude_clusters"))
     evaluation = _load(recipe, recipe.data.eval, "eval", directory, progress)
     split = split_rows(recipe, train, evaluation)
 

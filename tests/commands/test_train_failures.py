@@ -104,8 +104,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
 def test_a_damaged_best_checkpoint_is_not_published(tiny, capsys):
     recipe, run = tiny
     # A rate that makes the last evaluation worse than the first.
-    arguments = ["train", str(recipe), "training.learning_rate=0.15", "training.lr_scheduler_type=constant"]
-    arguments += ["training.eval_steps=1"]
+    arguments = ["train", str(recipe), "training.learning_rate=0.3", "training.lr_scheduler_type=constant"]
+    arguments += ["training.eval_steps=1", "training.warmup_steps=6"]
     assert ftkit(arguments) == 0
     steps = {line["step"]: line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line and line["step"]}
     best = min(steps, key=steps.get)

@@ -402,3 +402,13 @@ def test_with_the_real_encoder(tmp_path: Path) -> None:
         if encoded.dataset == 0:
             targets = tokenizer.decode(example.labels[example.labels != IGNORE])
             assert targets == f"a{encoded.row}<|im_end|>"
+
+
+def test_data_sets_of_a_held_out_cluster_drop_out(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.jsonl", ["a1", "a2"]), write(tmp_path / "b.jsonl", ["b1", "b2"])
+    sets = [a.model_copy(update={"cluster": "one"}), b.model_copy(update={"cluster": "two"})]
+    plan = plan_of(tmp_path, recipe(sets, exclude_clusters=("one",)))
+    assert set(texts_of(plan)) == {"b1", "b2"}
+    assert plan.dataset_names == ["b"]
+    with pytest.raises(UserError, match="leave no row to train on"):
+        plan_of(tmp_path, recipe(sets, exclude_clusters=("one", "two")))
