@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from ftkit.data.end_of_turn import EndOfTurn, TurnKind, find_end_of_turn
+from ftkit.data.end_of_turn import ANSWERS, QUESTION, EndOfTurn, TurnKind, find_end_of_turn
 from ftkit.data.shadow import find_lost_text, template_constants
 from ftkit.data.template_texts import BUILT_IN, PLAIN, pin_date
 from ftkit.data.types import Message
@@ -39,9 +39,6 @@ _RESERVED |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_cont
 _CONTROL_TOKEN = re.compile(r"<[|｜][^<>\s]{1,40}>|<[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
 
 
-_QUESTION = {"role": "user", "content": "question"}
-
-
 class ChatTemplate:
     """A tokenizer's chat template, or another in its place, with the keywords that the recipe gives it."""
 
@@ -66,7 +63,7 @@ class ChatTemplate:
         self._pinned = {name: pin_date(text) for name, text in self.templates.items()}
         self._constants: dict[str, re.Pattern[str]] = {}
         self._ends: dict[tuple[TurnKind, bool], EndOfTurn] = {}
-        self._prints_reasoning: dict[str, bool] = {}
+        self._prints_reasoning: dict[tuple[TurnKind, bool], bool] = {}
         self._variants: dict[str, ChatTemplate] = {}
         if reserved := sorted(_RESERVED & self.kwargs.keys()):
             key = ("data", "chat_template_kwargs")
@@ -205,23 +202,23 @@ class ChatTemplate:
         Raises:
             UserError: it refuses or drops it.
         """
-        messages = [{"role": "system", "content": text}, {"role": "user", "content": "question"}]
+        messages = [{"role": "system", "content": text}, QUESTION]
         try:
             self.check_text(messages, self.render(messages), {0})
         except UserError as error:
             raise UserError(error.problems[0].what, how="remove it", key=("data", "system_prompt")) from None
 
-    def prints_reasoning(self, tools: Tools = ()) -> bool:
-        """Whether the template prints `reasoning_content` of a turn, so that thoughts have a place of their own."""
-        name = self._name_for(tools)
-        if name not in self._prints_reasoning:
+    def prints_reasoning(self, kind: TurnKind, tools: Tools = ()) -> bool:
+        """Whether the template prints `reasoning_content` of such a turn, so that thoughts have a place of their own."""
+        key = (kind, bool(tools))
+        if key not in self._prints_reasoning:
             thoughts = "7b02d5"
-            probe = [_QUESTION, {"role": "assistant", "content": "answer", "reasoning_content": thoughts}]
             try:
-                self._prints_reasoning[name] = thoughts in self.render(probe, tools)
-            except UserError:  # Reported when a conversation is rendered.
-                self._prints_reasoning[name] = False
-        return self._prints_reasoning[name]
+                probe = [QUESTION, {**ANSWERS[kind], "reasoning_content": thoughts}]
+                self._prints_reasoning[key] = thoughts in self.render(probe, tools)
+            except UserError:  # Reported when a conversation with such a turn is rendered.
+                self._prints_reasoning[key] = False
+        return self._prints_reasoning[key]
 
     @property
     def knows_enable_thinking(self) -> bool:
@@ -236,22 +233,23 @@ class ChatTemplate:
         any other if it prints thoughts or begins them in its generation prompt.
         """
         try:
-            prompt = self.render([_QUESTION], generation_prompt=True)
+            prompt = self.render([QUESTION], generation_prompt=True)
             if self.knows_enable_thinking:
                 without = self.with_kwargs({"enable_thinking": False})
-                return prompt != without.render([_QUESTION], generation_prompt=True)
+                return prompt != without.render([QUESTION], generation_prompt=True)
         except UserError:  # Reported when a conversation is rendered.
             return False
-        return prompt.rstrip().endswith("<think>") or self.prints_reasoning()
+        return prompt.rstrip().endswith("<think>") or self.prints_reasoning("text")
 
     def how_to_mend_prompt(self, messages: Sequence[TemplateMessage], tools: Tools = ()) -> str:
         """The fix for a template whose rendering of the last message does not begin with its generation prompt."""
-        if self.knows_enable_thinking:
-            mended = self.with_kwargs({"enable_thinking": False})
+        for value in (False, True) if self.knows_enable_thinking else ():
+            mended = self.with_kwargs({"enable_thinking": value})
             try:
                 prompt = mended.render(messages[:-1], tools, generation_prompt=True)
                 if mended.render(messages, tools).startswith(prompt):
-                    return "set data.chat_template_kwargs: {enable_thinking: false}"
+                    keywords = f"{{enable_thinking: {str(value).lower()}}}"
+                    return f"set data.chat_template_kwargs: {keywords} (or the row's own chat_template_kwargs)"
             except UserError:
                 pass
         return OTHER_TEMPLATE
@@ -317,7 +315,7 @@ def _plain(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _check_tokens(template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Refuse a template whose control tokens the tokenizer would take apart into pieces of text."""
-    probe = [_QUESTION, {"role": "assistant", "content": "answer"}]
+    probe = [QUESTION, {"role": "assistant", "content": "answer"}]
     rendered = template.render(probe) + template.render(probe[:1], generation_prompt=True)
     tokens = dict.fromkeys(_CONTROL_TOKEN.findall(rendered))
     if lacking := [token for token in tokens if len(tokenizer(token, add_special_tokens=False).input_ids) != 1]:

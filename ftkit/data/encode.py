@@ -191,9 +191,13 @@ class Encoder:
 
     def _completed(self, conversation: Conversation, where: str) -> Conversation:
         """With the system prompt where it has none, and with thoughts apart where the template prints them so."""
-        messages = conversation.messages
-        if self._template_of(conversation, where).prints_reasoning(conversation.tools):
-            messages = tuple(map(split_thoughts, messages))
+        template, tools = self._template_of(conversation, where), conversation.tools
+        messages = tuple(
+            split_thoughts(message)
+            if template.prints_reasoning("tool_call" if message.tool_calls else "text", tools)
+            else message
+            for message in conversation.messages
+        )
         if self.system_prompt is not None and all(message.role != "system" for message in messages):
             messages = (Message("system", self.system_prompt), *messages)
         return replace(conversation, messages=messages)

@@ -7,15 +7,17 @@ from typing import Any, Literal
 TurnKind = Literal["text", "tool_call"]
 
 _ANSWER = "4f1c9e"
-_USER = {"role": "user", "content": "question"}
+QUESTION = {"role": "user", "content": "question"}
+"""A plain message to render where only the template is of interest."""
 _CALL_ID = "abcdefghi"  # Mistral's templates ask for nine characters.
 _CALL = {"id": _CALL_ID, "type": "function", "function": {"name": "probe", "arguments": {"x": _ANSWER}}}
-_TURNS: dict[TurnKind, dict[str, Any]] = {
+ANSWERS: dict[TurnKind, dict[str, Any]] = {
     "text": {"role": "assistant", "content": _ANSWER},
     "tool_call": {"role": "assistant", "content": "", "tool_calls": [_CALL]},
 }
+"""A plain turn of each kind."""
 _FOLLOW_UPS: dict[TurnKind, dict[str, Any]] = {
-    "text": _USER,
+    "text": QUESTION,
     "tool_call": {"role": "tool", "name": "probe", "tool_call_id": _CALL_ID, "content": "result"},
 }
 _NAMES: dict[TurnKind, str] = {"text": "turn", "tool_call": "tool calls"}
@@ -43,7 +45,7 @@ def find_end_of_turn(
     Raises:
         ValueError: the template does not print the answer, or ends it in no special token of the tokenizer.
     """
-    probe = [_USER, _TURNS[kind]]
+    probe = [QUESTION, ANSWERS[kind]]
     final = _after_answer(render(probe), kind)
     middle = _after_answer(render([*probe, _FOLLOW_UPS[kind]]), kind)
     common = final[: common_length(final, middle)]

@@ -58,7 +58,8 @@ def find_end_of_thoughts(
     if closing is None or opening + printed + after != turn or printed.strip() != thoughts.strip():
         raise ValueError("between tags of their own")
     end += closing.end()
-    if answer.strip() not in turn[end:]:
+    names = (call["function"]["name"] for call in last.get("tool_calls", ()))
+    if not all(text in turn[end:] for text in (answer.strip(), *names)):
         raise ValueError("before the answer")
     return end
 

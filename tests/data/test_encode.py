@@ -1,19 +1,18 @@
+import pickle
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import ByT5Tokenizer
 
-from ftkit.data.chat import ChatTemplate
-from ftkit.data.encode import (
-    NO_TEXT,
-    NO_TURN,
-)
-from ftkit.data.types import IGNORE, Conversation, Example, Message, Text
+from ftkit.data.encode import NO_TARGET, NO_TEXT, NO_TURN, make_encoder
+from ftkit.data.types import IGNORE, Conversation, Message, Text
 from ftkit.errors import UserError
+from ftkit.recipe.schema import DataSection, DatasetSection
 from tests.data.encoding import HI, assistant, chatml_encoder, encode, encoder_for, marked, result_of, target_text, user
-from tests.data.trl_templates import read_template, template_names, tokenizer_for
-from tests.tiny_models import tiny_tokenizer
+from tests.data.trl_templates import tokenizer_for
+from tests.tiny_models import CHATML, tiny_tokenizer
 
 # --- against marks made by hand ---
 
@@ -102,104 +101,6 @@ def test_tool_calls_are_targets_and_tool_results_are_not() -> None:
     )
 
 
-# --- against the tokenizer and against trl's marks, over all templates ---
-
-CONVERSATIONS: dict[str, tuple[Message, ...]] = {
-    "one turn": HI[:2],
-    "two turns": HI,
-    "empty": (user(""), assistant(""), user("Hi"), assistant("")),
-    "equal": (user("same"), assistant("same"), user("same"), assistant("same")),
-    "control tokens": (
-        user("What is <|im_end|>\n<|im_start|>assistant\nor <|eot_id|><|end|><end_of_turn>?"),
-        assistant("<|im_end|>\n<|eot_id|> <end_of_turn>\n<|end|> it is"),
-        user("Thanks"),
-        assistant("Fine"),
-    ),
-    "spaces": (user("  Hi \n"), assistant("  Hello  \n\n"), user("\n\nAnd?"), assistant("\n\nBye")),
-    "scripts": (user("😀👩‍👩‍👧 مرحبا"), assistant("🎉 שלום 😀")),
-}
-REFUSED = {"deepseek_r1_distill", "deepseekv3", "glm4moe", "idefics3", "llava_next", "smolvlm"}
-WITHOUT_THINKING = {"enable_thinking": False}
-
-
-def kwargs_for(name: str) -> dict[str, Any]:
-    return WITHOUT_THINKING if name.startswith("nemotron") else {}
-
-
-@pytest.mark.parametrize("name", [name for name in template_names() if name not in REFUSED])
-def test_prompts_are_what_a_server_feeds_and_targets_are_the_rest_of_the_turn(name: str) -> None:
-    tokenizer = tokenizer_for(name)
-    kwargs = kwargs_for(name)
-    encoder = encoder_for(tokenizer, kwargs=kwargs)
-    template = encoder.template
-    for messages in CONVERSATIONS.values():
-        examples = encode(encoder, *messages)
-        rendered = [message.to_template() for message in messages]
-        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        runs = [(example, span) for example in examples for span in _target_spans(example)]
-        assert len(runs) == len(answers)
-        for turn, (example, (start, end)) in zip(answers, runs, strict=True):
-            prompt = template.render(rendered[:turn], generation_prompt=True)
-            prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-            assert example.input_ids[:start].tolist() == prompt_ids
-            if name not in ("gptoss", "llama3_2", "muse_glimmer"):  # which print today's date
-                assert prompt_ids == tokenizer.apply_chat_template(
-                    rendered[:turn], add_generation_prompt=True, return_dict=False, **kwargs
-                )
-            whole = template.render(rendered[: turn + 1])
-            trained = tokenizer.decode(example.input_ids[start:end], clean_up_tokenization_spaces=False)
-            assert whole.startswith(prompt + trained)
-            assert whole.removeprefix(prompt + trained).strip() in ("", "<|endoftext|>")
-            assert example.input_ids[end - 1] in template.end_of_turn_ids
-
-
-def _target_spans(example: Example) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], example.labels != IGNORE, [False]]).astype(int)))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
-
-
-def _with_marks() -> list[str]:
-    """Templates that have a `_training` variant with marks."""
-    names = [name for name in template_names() if name not in REFUSED and "generation" in _training(name)]
-    assert len(names) >= 20
-    return names
-
-
-def _training(name: str) -> str:
-    try:
-        return read_template(f"{name}_training")
-    except FileNotFoundError:
-        return ""
-
-
-@pytest.mark.parametrize("name", _with_marks())
-def test_targets_agree_with_the_marks_of_trl(name: str) -> None:
-    tokenizer = tokenizer_for(name)
-    kwargs = kwargs_for(name)
-    encoder = encoder_for(tokenizer, kwargs=kwargs)
-    compared = 0
-    # No emoji at the end of a turn: of those, transformers' mask has only the first byte.
-    for messages in (HI[:2], CONVERSATIONS["equal"][:2], CONVERSATIONS["control tokens"][:2]):
-        rendered = [message.to_template() for message in messages]
-        if encoder.template.render(rendered) != ChatTemplate(tokenizer, _training(name), kwargs).render(rendered):
-            continue
-        marks = tokenizer.apply_chat_template(
-            rendered, chat_template=_training(name), return_dict=True, return_assistant_tokens_mask=True, **kwargs
-        )
-        mask = np.array(marks["assistant_masks"], bool)
-        theirs = tokenizer.decode(np.array(marks["input_ids"])[mask], clean_up_tokenization_spaces=False)
-        (example,) = encode(encoder, *messages)
-        ours = target_text(tokenizer, example)
-        prompt = encoder.template.generation_prompt(messages[:1])
-        # trl also marks what follows the turn, and in some templates the end of the prompt.
-        before, found, after = theirs.rpartition(ours)
-        assert found == ours
-        assert prompt.endswith(before)
-        assert after.strip() in ("", "<|endoftext|>")
-        compared += 1
-    assert compared or name in ("qwen3", "qwen3_5_nothink", "qwen3_5_think", "qwen3_6")  # whose variants differ
-
-
 # --- what is trained on ---
 
 
@@ -265,6 +166,158 @@ def test_half_a_character_names_the_row() -> None:
     for document in (Conversation((user("\ud83d"), HI[1])), Text("a \ud83d")):
         with pytest.raises(UserError, match=r"^rows.jsonl:7: the text has half a character: '\\ud83d'"):
             chatml_encoder().encode(document, "rows.jsonl:7")
+
+
+def test_a_row_without_a_token_to_train_on_has_a_reason() -> None:
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    result = encoder_for(tokenizer, train_on="all").encode(Conversation((user("x"),)))
+    assert (result.examples, result.reason) == ([], NO_TARGET)
+
+
+# --- system prompt and keywords ---
+
+SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
+
+
+def test_the_system_prompt_stands_where_a_conversation_has_none() -> None:
+    encoder = chatml_encoder(system_prompt="Be brief.")
+    (example,) = encode(encoder, *HI)
+    assert marked(tiny_tokenizer(), example).startswith(SYSTEM + "<|im_start|>user\nHi<|im_end|>\n")
+    assert target_text(tiny_tokenizer(), example) == "Hello 👋 you<|im_end|>Bye<|im_end|>"
+    (own,) = encode(encoder, Message("system", "Be long."), *HI)
+    assert "Be long." in marked(tiny_tokenizer(), own)
+    assert "Be brief." not in marked(tiny_tokenizer(), own)
+    (welcome,) = encode(encoder, assistant("Welcome"), *HI)
+    assert "Welcome" not in target_text(tiny_tokenizer(), welcome)
+    prompt = encoder.encode_prompt(Conversation(HI))
+    assert [*prompt, *encoder.encode_answer(Conversation(HI), "Bye")] == example.input_ids.tolist()
+
+
+def test_a_template_that_takes_no_system_message_refuses_the_prompt_at_once() -> None:
+    for name, reason in (("gemma", "System role not supported"), ("lfm2_template", "drops content of message 1")):
+        tokenizer = tokenizer_for(name) if name == "gemma" else tiny_tokenizer(WITHOUT_SYSTEM)
+        with pytest.raises(UserError, match=reason) as caught:
+            encoder_for(tokenizer, system_prompt="Be brief.")
+        assert caught.value.problems[0].key == ("data", "system_prompt")
+
+
+WITHOUT_SYSTEM = (
+    "{% for m in messages if m['role'] != 'system' %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_rows_keywords_come_over_the_runs() -> None:
+    tokenizer = tokenizer_for("qwen3", "bytes")
+    encoder = encoder_for(tokenizer, kwargs={"enable_thinking": True})
+    plain = Conversation(HI[:2])
+    without = replace(plain, chat_template_kwargs={"enable_thinking": False})
+    targets = [target_text(tokenizer, encoder.encode(row).examples[0]) for row in (plain, without, plain)]
+    thoughts = "<think>\n\n</think>\n\n"
+    assert targets == [
+        thoughts + "Hello 👋 you<|im_end|>",
+        "Hello 👋 you<|im_end|>",
+        thoughts + "Hello 👋 you<|im_end|>",
+    ]
+    assert tokenizer.decode(encoder.encode_prompt(without)).endswith(thoughts)
+    assert tokenizer.decode(encoder.encode_answer(without, "Bye")) == "Bye<|im_end|>"
+    assert encoder.template.with_kwargs(dict(without.chat_template_kwargs)) is encoder.template.with_kwargs(
+        {"enable_thinking": False}
+    )
+    assert encoder.template.with_kwargs({}) is encoder.template
+
+
+def test_keywords_that_no_template_gets_name_the_row() -> None:
+    row = Conversation(HI, chat_template_kwargs={"tokenize": False})
+    with pytest.raises(UserError, match=r"^rows.jsonl:7: tokenize: not a keyword of chat templates"):
+        chatml_encoder().encode(row, "rows.jsonl:7")
+
+
+# --- the encoder as a value ---
+
+
+def test_the_recipe_chooses_everything() -> None:
+    options = {
+        "max_length": 99,
+        "turns": "each",
+        "train_on": "last_assistant",
+        "train_on_reasoning": False,
+        "truncation": "drop",
+        "system_prompt": "Be brief.",
+    }
+    section = DataSection(train=(DatasetSection(path="a"),), **options)  # type: ignore[arg-type]
+    encoder = make_encoder(tiny_tokenizer(), chatml_encoder().template, section)
+    assert {name: getattr(encoder, name) for name in options} == options
+
+
+def test_an_encoder_survives_the_way_to_another_process() -> None:
+    for name in ("qwen3", "gptoss", "llama3"):
+        encoder = encoder_for(tokenizer_for(name), train_on_reasoning=False, system_prompt="Be brief.")
+        row = Conversation((*HI[:3], assistant("Bye", reasoning_content="They leave.")))
+        if name == "llama3":
+            row = Conversation(HI)
+        row = replace(row, chat_template_kwargs={"key": 1})
+        fresh = pickle.loads(pickle.dumps(encoder))
+        expected = encoder.encode(row)
+        for copy in (fresh, pickle.loads(pickle.dumps(encoder))):  # not used before, and used
+            found = copy.encode(row)
+            assert [(e.input_ids.tolist(), e.labels.tolist()) for e in found.examples] == [
+                (e.input_ids.tolist(), e.labels.tolist()) for e in expected.examples
+            ]
+            assert copy.digest == encoder.digest
+
+
+def test_the_digest_changes_with_all_that_changes_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def same() -> str:
+        return chatml_encoder().digest
+
+    changed = {
+        "max_length": chatml_encoder(max_length=7).digest,
+        "turns": chatml_encoder(turns="each").digest,
+        "train_on": chatml_encoder(train_on="all").digest,
+        "train_on_reasoning": chatml_encoder(train_on_reasoning=False).digest,
+        "truncation": chatml_encoder(truncation="left").digest,
+        "system_prompt": chatml_encoder(system_prompt="Be brief.").digest,
+        "keywords": chatml_encoder(kwargs={"key": 1}).digest,
+        "value": chatml_encoder(kwargs={"key": True}).digest,
+        "template": encoder_for(tiny_tokenizer(), WITHOUT_SYSTEM).digest,
+        "templates": encoder_for(tokenizer_for("qwen2_5")).digest,
+    }
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["abc"])
+    changed["vocabulary"] = encoder_for(tokenizer).digest
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    changed["special tokens"] = encoder_for(tokenizer).digest
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_bos_token = True
+    changed["BOS"] = encoder_for(tokenizer).digest
+    assert len({same(), *changed.values()}) == len(changed) + 1
+    assert chatml_encoder(kwargs={"a": 1, "b": 2}).digest == chatml_encoder(kwargs={"b": 2, "a": 1}).digest
+    monkeypatch.setattr("tokenizers.__version__", "0.0.0")
+    assert same() not in changed.values()
+    monkeypatch.undo()
+    before = same()
+    monkeypatch.setattr("transformers.__version__", "0.0.0")
+    assert same() != before
+
+
+def test_the_digest_does_not_change_with_use() -> None:
+    tokenizer = tiny_tokenizer()
+    encoder = encoder_for(tokenizer)
+    before = encoder.digest
+    encode(encoder, *HI)
+    tokenizer("a b c", truncation=True, max_length=2, padding="max_length")
+    encoder.template.save_to(tokenizer)
+    assert encoder_for(tokenizer).digest == before
+
+
+def test_a_tokenizer_without_a_backend_has_a_digest() -> None:
+    def digest(*tokens: str) -> str:
+        tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<|im_start|>", "<|im_end|>", *tokens])
+        return encoder_for(tokenizer, CHATML).digest
+
+    assert digest() == digest() != digest("<|more|>")
 
 
 # --- text ---

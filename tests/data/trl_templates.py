@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -16,6 +17,8 @@ _CONTROL = re.compile(
 _CORPUS = [
     "The quick brown fox jumps over the lazy dog.\n\n  What is the answer? It is forty-two.\nassistant user system\n"
 ]
+
+SMALL_TOKENIZERS = ("bytes", "merges", "seams")
 
 BOS_EOS = {
     "cohere": ("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>"),
@@ -41,28 +44,67 @@ def read_template(name: str) -> str:
     return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
+def training_template(name: str) -> str:
+    """The template's variant with {% generation %} marks; empty where there is none."""
+    try:
+        return read_template(f"{name}_training")
+    except FileNotFoundError:
+        return ""
+
+
+def tokenizer_for(name: str, source: str = "merges") -> PreTrainedTokenizerFast:
+    """A tokenizer with the template's control tokens registered as special, and the template.
+
+    Args:
+        source: one of SMALL_TOKENIZERS, or the directory of a real one, which is read once: it is the same object for
+            every template, with the control tokens of all.
+    """
+    prefix = next((prefix for prefix in BOS_EOS if name.startswith(prefix)), None)
+    bos, eos = BOS_EOS[prefix] if prefix else ("<|startoftext|>", "<|endoftext|>")
+    if source in SMALL_TOKENIZERS:
+        fast = _with_control_tokens(Tokenizer.from_str(_small(source)), [bos, eos, *_control_tokens(name)])
+    else:
+        fast = _real(source)
+    fast.bos_token, fast.eos_token = bos, eos
+    fast.chat_template = read_template(name)
+    return fast
+
+
 @cache
-def _model() -> str:
-    """A byte-level BPE with a few merges, split as SmolLM2's tokenizer splits."""
+def _small(source: str) -> str:
+    """A small tokenizer as JSON.
+
+    Args:
+        source: "bytes": no merges. "merges": a byte-level BPE with a few, split as SmolLM2's tokenizer splits. "seams":
+            the same with nothing but control tokens to split a text, so that newlines and spaces merge with words.
+    """
     tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=source != "seams")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=400, initial_alphabet=sorted(alphabet), show_progress=False)
+    vocab_size = len(alphabet) if source == "bytes" else 400
+    trainer = BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(alphabet), show_progress=False)
     tokenizer.train_from_iterator(_CORPUS * 4, trainer)
     return tokenizer.to_str()
 
 
-def tokenizer_for(name: str) -> PreTrainedTokenizerFast:
-    """The small tokenizer with the template's control tokens registered as special, and the template."""
-    template = read_template(name)
-    prefix = next((prefix for prefix in BOS_EOS if name.startswith(prefix)), None)
-    bos, eos = BOS_EOS[prefix] if prefix else ("<|startoftext|>", "<|endoftext|>")
-    tokenizer = Tokenizer.from_str(_model())
-    tokens = dict.fromkeys([bos, eos, *_CONTROL.findall(template)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
-    fast.chat_template = template
-    return fast
+@cache
+def _real(source: str) -> PreTrainedTokenizerFast:
+    tokens = [token for tokens in BOS_EOS.values() for token in tokens]
+    tokens += [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(token for name in template_names() for token in _control_tokens(name)),
+    ]
+    return _with_control_tokens(Tokenizer.from_file(str(Path(source) / "tokenizer.json")), tokens)
+
+
+def _control_tokens(name: str) -> list[str]:
+    return _CONTROL.findall(read_template(name))
+
+
+def _with_control_tokens(tokenizer: Tokenizer, tokens: list[str]) -> PreTrainedTokenizerFast:
+    special = [AddedToken(token, special=True, normalized=False) for token in dict.fromkeys(tokens)]
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
