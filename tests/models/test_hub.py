@@ -133,3 +133,20 @@ def test_offline_with_half_a_model_says_so(hub: HubServer, tmp_path: Path) -> No
     ((code, message, _),) = ask([("org/good", None, True)], tmp_path, HF_ENDPOINT=hub.endpoint)
     assert code == 2
     assert "not (wholly) in the cache" in message
+
+
+def test_a_tokenizer_needs_no_weights(hub: HubServer, tmp_path: Path) -> None:
+    driver = "from ftkit.models import hub; print(hub.fetch_tokenizer('org/good', code=False, offline={offline}))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment = clean | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint}
+
+    def fetch(*, offline: bool) -> str:
+        command = [sys.executable, "-c", driver.format(offline=offline)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    names = {path.name for path in Path(fetch(offline=False)).iterdir()}
+    assert "tokenizer.json" in names
+    assert not any(name.endswith(".safetensors") for name in names)
+    hub.paths.clear()
+    assert fetch(offline=True) == fetch(offline=True)
+    assert hub.paths == []

@@ -362,11 +362,12 @@ def test_resolve_makes_existing_inputs_absolute(tmp_path: Path, monkeypatch: pyt
     (recipes / "data").mkdir(parents=True)
     for name in ("data/a.json", "data/b.json", "chat.jinja"):
         (recipes / name).touch()
-    (tmp_path / "model").mkdir()
+    for name in ("model", "tokenizer"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     text = """\
 base_model: ../model
-model: {chat_template: chat.jinja}
+model: {chat_template: chat.jinja, tokenizer: ../tokenizer}
 data:
   train: [{path: data/a.json}, {path: data/*.json}, {path: data}, {path: org/data}, {path: hf://data/a.json}]
   eval: [{path: missing/*.json}, {path: HERE/data/b.json}]
@@ -375,6 +376,7 @@ method: {type: full}
     recipe = resolve(load(recipes, text))
     assert recipe.base_model == str(recipes / "../model")
     assert recipe.model.chat_template == str(recipes / "chat.jinja")
+    assert recipe.model.tokenizer == str(recipes / "../tokenizer")
     assert [dataset.path for dataset in recipe.data.train] == [
         str(recipes / "data/a.json"),
         str(recipes / "data/*.json"),
@@ -419,6 +421,7 @@ def test_paths_on_the_command_line_start_from_the_working_directory(
     assert resolved("base_model=beside").base_model == "beside"
     assert resolved("base_model=org/name", "data.train.0.path=org/data").data.train[0].path == "org/data"
     assert resolved("model.chat_template=chatml").model.chat_template == "chatml"
+    assert resolved("model.tokenizer=org/name").model.tokenizer == "org/name"
 
 
 @pytest.mark.parametrize(
