@@ -209,7 +209,7 @@ class ChatTemplate:
             raise UserError(error.problems[0].what, how="remove it", key=("data", "system_prompt")) from None
 
     def prints_reasoning(self, kind: TurnKind, tools: Tools = ()) -> bool:
-        """Whether the template prints `reasoning_content` of such a turn, so that thoughts have a place of their own."""
+        """Whether the template prints `reasoning_content` of such a turn: thoughts have a place of their own."""
         key = (kind, bool(tools))
         if key not in self._prints_reasoning:
             thoughts = "7b02d5"

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from ftkit.data.types import Conversation, Message
 
-WORDS = (
-    "the a fox river answers quickly 42 and then never Über naïve data-set f(x)=x² e.g. it's [1] {'k': 1} #5".split()
-)
+WORDS = ("the", "a", "fox", "river", "answers", "quickly", "42", "and", "then", "never", "Über", "naïve", "data-set")
+WORDS += ("f(x)=x²", "e.g.", "it's", "[1]", "{'k':", "1}", "#5")
 ODD_TEXTS = (
     "",
     " ",

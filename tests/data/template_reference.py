@@ -1,7 +1,7 @@
 """What a trained turn must be, found by routes that share no code with ftkit.
 
-Prompts come from `apply_chat_template`. Targets come from the {% generation %} marks of trl's `_training` variants where
-these render the same text, and from the turn's form written down by hand below.
+Prompts come from `apply_chat_template`. Targets come from the {% generation %} marks of trl's `_training` variants
+where these render the same text, and from the turn's form written down by hand below.
 """
 
 import datetime
@@ -114,7 +114,7 @@ class Form:
             return None
         if message.reasoning_content and self.thoughts is not None:
             opening += self.thoughts(message.reasoning_content)
-        elif not message.tool_calls:
+        else:
             opening += self.opening
         if not message.tool_calls:
             return opening + self.trim(message.content) + self.end
@@ -134,6 +134,16 @@ def _gemma_call(name: str, arguments: dict[str, Any]) -> str:
         f'{key}:<|"|>{value}<|"|>' if isinstance(value, str) else f"{key}:{value}" for key, value in arguments.items()
     ]
     return f"<|tool_call>call:{name}{{{','.join(values)}}}<tool_call|>"
+
+
+def _qwen_call(name: str, arguments: dict[str, Any]) -> str:
+    call = {"name": name, "arguments": arguments}
+    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+
+
+def _qwen_3_5_call(name: str, arguments: dict[str, Any]) -> str:
+    values = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items())
+    return f"<tool_call>\n<function={name}>\n{values}</function>\n</tool_call>"
 
 
 def _lfm_call(name: str, arguments: dict[str, Any]) -> str:
@@ -159,7 +169,20 @@ def _without_newlines(text: str) -> str:
 IM_END = "<|im_end|>"
 _GEMMA_4 = Form("<turn|>", trim=str.strip, thoughts=_gemma_thoughts, call=_gemma_call, call_end="<|tool_response>")
 _LFM_2_5 = Form(IM_END, thoughts=lambda text: f"<think>{text}</think>", call=_lfm_call)
-_QWEN_3_5 = Form(IM_END, "\n</think>\n\n", str.strip, thoughts=lambda text: f"{text.strip()}\n</think>\n\n")
+_QWEN_3 = Form(
+    IM_END,
+    "<think>\n\n</think>\n\n",
+    trim=_without_newlines,
+    thoughts=lambda text: f"<think>\n{text}\n</think>\n\n",
+    call=_qwen_call,
+)
+_QWEN_3_5 = Form(
+    IM_END,
+    "\n</think>\n\n",
+    trim=str.strip,
+    thoughts=lambda text: f"{text.strip()}\n</think>\n\n",
+    call=_qwen_3_5_call,
+)
 FORMS: dict[str, Form] = {
     "cohere": Form("<|END_OF_TURN_TOKEN|>", trim=str.strip),
     "cohere2": Form("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
@@ -177,7 +200,7 @@ FORMS: dict[str, Form] = {
     "nemotron": Form(IM_END, trim=str.rstrip),
     "phi3": Form("<|end|>"),
     "qwen2_5": Form(IM_END),
-    "qwen3": Form(IM_END, "<think>\n\n</think>\n\n", _without_newlines, lambda text: f"<think>\n{text}\n</think>\n\n"),
+    "qwen3": _QWEN_3,
     "qwen3_5": _QWEN_3_5,
     "qwen3_6": _QWEN_3_5,
     "qwen3_8": _QWEN_3_5,
