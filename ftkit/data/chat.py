@@ -249,7 +249,7 @@ class ChatTemplate:
                 prompt = mended.render(messages[:-1], tools, generation_prompt=True)
                 if mended.render(messages, tools).startswith(prompt):
                     keywords = f"{{enable_thinking: {str(value).lower()}}}"
-                    return f"set data.chat_template_kwargs: {keywords} (or the row's own chat_template_kwargs)"
+                    return f"set data.chat_template_kwargs: {keywords}"
             except UserError:
                 pass
         return OTHER_TEMPLATE

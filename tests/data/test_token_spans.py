@@ -5,6 +5,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from ftkit.data.token_spans import SpanTokenizer
 from ftkit.data.types import Conversation
 from tests.data.encoding import HI, assistant, encode, encoder_for, marked, target_text, user
 from tests.data.trl_templates import read_template
@@ -127,3 +128,14 @@ def test_a_tokenizer_without_token_positions() -> None:
     text = encoder.template.render([message.to_template() for message in HI]).removesuffix("\n")
     assert example.input_ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
     assert target_text(tokenizer, example) == "Hello 👋 you<|im_end|>Bye<|im_end|>"
+
+
+@pytest.mark.parametrize("way", ["together", "apart"])
+def test_a_token_that_thoughts_share_with_the_answer_is_the_answers(way: str) -> None:
+    tokenizer = merging_tokenizer()
+    prompt, thoughts, answer = "<|im_start|>", "k>\n", "\nHi<|im_end|>"
+    assert len(tokenizer("\n\n").input_ids) == 1  # the case is there
+    text = prompt + thoughts + answer
+    tokens = getattr(SpanTokenizer(tokenizer), way)(text, [(len(prompt), len(text))], [len(prompt + thoughts)])
+    assert [tokenizer.decode(tokens.ids[slice(*span)]) for span in tokens.spans] == [thoughts + answer]
+    assert tokenizer.decode(tokens.ids[tokens.answers[0] :]) == "\n\nHi<|im_end|>"
