@@ -115,11 +115,11 @@ class MemoryWatch:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def stop(self) -> dict[str, int]:
-        """Bytes of this process, and of all of them, above the start."""
+    def stop(self) -> int:
+        """Bytes."""
         self._end.set()
         self._thread.join()
-        return {"all": self._peak - self._start}
+        return self._peak - self._start
 
     def _watch(self) -> None:
         while not self._end.wait(0.05):
@@ -163,7 +163,7 @@ def main() -> None:
             f"{figures['rows'] / figures['seconds']:,.0f}",
             f"{speed:,.0f}",
             f"{speed / figures['raw_tokens_per_second']:.2f}",
-            human_bytes(figures["memory"]["all"]),
+            human_bytes(figures["memory"]),
             f"{figures['seconds_again']:.1f} s",
         )
         Console().line(f"{human_count(count)} rows done", style="dim")

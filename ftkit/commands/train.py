@@ -132,6 +132,7 @@ def _train_as(
 
     # 2. The run's directory, which nobody else may write to from here on, and the checkpoint to go on from.
     def enter() -> Start:
+        """Called by the main process alone."""
         found = find_start(
             loaded,
             prepared,

@@ -11,7 +11,7 @@ import pyarrow as pa
 from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.duplicates import content_key
 from ftkit.data.mixture import choose_subset
-from ftkit.data.phrasings import PhrasingSet
+from ftkit.data.phrasings import PhrasingSet, find_phrasings
 from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
 from ftkit.data.readers import BadRecord
 from ftkit.data.row_parser import RowParser
@@ -79,8 +79,11 @@ def load_corpus(
         FtkitError: no such data set, the format is unknown, or rows are bad (all of them at once).
     """
     source = find_source(section, base=base, key=key)
+    phrasings = None
+    if section.templates is not None:
+        phrasings = find_phrasings(section.templates, base=base, key=(*key, "templates"))
     entry = prepared(
-        _entry_key(section, data, source.digest(), base, key),
+        _entry_key(section, data, source.digest(), phrasings),
         lambda directory: _write_rows(directory, source.stream(), section, data, name, base, key, progress),
     )
     store, facts = RowStore(entry), read_facts(entry)
@@ -93,18 +96,12 @@ def load_corpus(
             what = f"{section.path} has no rows of these clusters (its own: {clusters})"
             raise UserError(what, how="look at clusters and exclude_clusters", key=(*key, "path"))
     chosen = chosen[choose_subset(len(chosen), section.max_samples, seed=seed, name=name)]
-    parser = RowParser([], section, key=key, base=base) if section.templates is not None else None
-    phrasings = parser.phrasings if parser is not None else None
     return Corpus(name, key, section, store, chosen, phrasings, facts["rows_read"], dropped)
 
 
-def _entry_key(section: DatasetSection, data: DataSection, digest: str, base: Path, key: KeyPath) -> str:
-    read_by = {"format", "columns", "roles", "template", "labels", "cluster"}
-    phrasings = None
-    if section.templates is not None:
-        parser = RowParser([], section, key=key, base=base)
-        phrasings = parser.phrasings and parser.phrasings.section.model_dump(mode="json")
-    return digest_of("rows", code_version(), digest, section.model_dump(include=read_by), phrasings, data.on_bad_row)
+def _entry_key(section: DatasetSection, data: DataSection, digest: str, phrasings: PhrasingSet | None) -> str:
+    read_by = section.model_dump(include={"format", "columns", "roles", "template", "labels", "cluster"})
+    return digest_of("rows", code_version(), digest, read_by, phrasings and phrasings.as_json(), data.on_bad_row)
 
 
 def _in_clusters(

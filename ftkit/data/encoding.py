@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.corpus import Corpus, Progress
-from ftkit.data.encode import Encoder
+from ftkit.data.encode import Encoder, EncodeResult
 from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
 from ftkit.data.store import (
     EXAMPLE_SCHEMA,
@@ -29,7 +29,6 @@ from ftkit.data.types import IGNORE, Example
 from ftkit.data.variants import document_of
 from ftkit.errors import Problem, UserError
 
-NO_TARGET = "no token to train on"
 CHUNK = 512
 """Jobs that a process encodes at once."""
 MIN_PARALLEL = 20_000
@@ -66,10 +65,7 @@ def encode_jobs(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *
         UserError: the chat template does not take some rows (all of them at once).
     """
     sources = [corpus.store.directory.name for corpus in corpora]
-    forms = [
-        [corpus.section.chat_template_kwargs, corpus.phrasings and corpus.phrasings.section.model_dump(mode="json")]
-        for corpus in corpora
-    ]
+    forms = [[c.section.chat_template_kwargs, c.phrasings and c.phrasings.as_json()] for c in corpora]
     key = digest_of(
         "examples", code_version(), sources, forms, encoder.digest, hashlib.sha256(jobs.tobytes()).hexdigest()
     )
@@ -113,28 +109,21 @@ class _ChunkEncoder:
         number, position = int(job["dataset"]), int(job["position"])
         corpus = self._corpora[number]
         where = corpus.store.where(position)
-        kept = 0
         try:
             document = document_of(job, corpus.store, corpus.phrasings, corpus.section)
             result = self._encoder.encode(document, where)
         except UserError as error:
             chunk.problems += error.problems
-            result = None
+            result = EncodeResult([])
         except RowError as error:
             chunk.problems.append(Problem(error.what, error.how, where))
-            result = None
-        reason = None
-        if result is not None:
-            row = int(self._indices[number][position])
-            for example in result.examples:
-                if example.num_targets:
-                    _add(chunk.columns, example, number, row)
-                    kept += 1
-            reason = result.reason or (NO_TARGET if kept < max(1, len(result.examples)) else None)
-            chunk.saw_reasoning |= result.has_thoughts
-        chunk.counts.append(kept)
-        chunk.reasons.append(reason)
-        chunk.uncut.append(0 if result is None else result.uncut)
+            result = EncodeResult([])
+        for example in result.examples:
+            _add(chunk.columns, example, number, int(self._indices[number][position]))
+        chunk.counts.append(len(result.examples))
+        chunk.reasons.append(result.reason)
+        chunk.uncut.append(result.uncut)
+        chunk.saw_reasoning |= result.has_thoughts
 
 
 def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> None:
@@ -184,6 +173,7 @@ class _Summary:
         self._times: Counter[tuple[str, str | None]] = Counter()
 
     def add(self, chunk: _Chunk) -> None:
+        """Take over the next chunk's figures and problems."""
         end = self.done + len(chunk.counts)
         self.counts[self.done : end] = chunk.counts
         self.uncut[self.done : end] = chunk.uncut

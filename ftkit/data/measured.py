@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from ftkit.data.corpus import Corpus, Progress
 from ftkit.data.counting import dropped_rows, nothing_to_train, num_truncated
 from ftkit.data.encode import Encoder
 from ftkit.data.encoding import encode_jobs
+from ftkit.data.indexed import Indexed
 from ftkit.data.split import Split
 from ftkit.data.store import ExampleView
 from ftkit.data.types import DatasetCounts, Document
@@ -19,7 +19,7 @@ from ftkit.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Measured(Sequence[tuple[int, Document]]):
+class Measured(Indexed[tuple[int, Document]]):
     """The validation rows of one data set."""
 
     name: str
@@ -33,15 +33,8 @@ class Measured(Sequence[tuple[int, Document]]):
     def __len__(self) -> int:
         return len(self.jobs)
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[int, Document]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[int, Document]]: ...
-
-    def __getitem__(self, index: int | slice) -> tuple[int, Document] | list[tuple[int, Document]]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def at(self, index: int) -> tuple[int, Document]:
+        """(`Row.index`, document) at place `index`."""
         corpus = self.corpus
         return self.rows[index], document_of(self.jobs[index], corpus.store, corpus.phrasings, corpus.section)
 

@@ -8,6 +8,7 @@ into a `TaskRecord`, and a phrasing makes a prompt and a target of that.
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,6 +128,10 @@ class PhrasingSet:
         pieces = [piece for phrasing in self.phrasings for piece in (*phrasing.prompt, *phrasing.target)]
         return tuple(dict.fromkeys(field for _, field in pieces if field is not None and field not in DERIVED))
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything that decides how rows are read and put into words, as plain values."""
+        return self.section.model_dump(mode="json")
+
     def phrase(self, record: TaskRecord, index: int) -> tuple[str, str]:
         """Prompt and target of a record in phrasing `index`.
 
@@ -234,8 +239,6 @@ def find_phrasings(templates: str | Sequence[str], *, base: Path, key: KeyPath) 
     if not templates.endswith(".yaml") and ".yaml:" not in templates:
         if templates in library():
             return library()[templates]
-        from difflib import get_close_matches
-
         close = get_close_matches(templates, library(), n=3)
         how = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(sorted(library()))}"
         raise UserError(f"the library has no phrasings {templates}", how=f"{how} (or name a .yaml file)", key=key)

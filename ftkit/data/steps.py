@@ -1,12 +1,13 @@
 """The global batches of a run, as indices of examples."""
 
 from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 
+from ftkit.data.indexed import Indexed
 
-class Steps(Sequence[list[int]]):
+
+class Steps(Indexed[list[int]]):
     """The global batch of each optimizer step: indices of examples."""
 
     def __init__(self, order: np.ndarray, bounds: Sequence[int] | np.ndarray) -> None:
@@ -16,17 +17,8 @@ class Steps(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> list[int]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[list[int]]: ...
-
-    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(index, slice):
-            return [self[step] for step in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def at(self, index: int) -> list[int]:
+        """The batch of step `index`, from 0."""
         indices: list[int] = self.order[self.bounds[index] : self.bounds[index + 1]].tolist()
         return indices
 

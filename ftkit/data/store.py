@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from ftkit.data.indexed import Indexed
 from ftkit.data.types import IGNORE, EncodedExample, Example, RowContent, content_from_json
 
 ROWS, EXAMPLES, DOCUMENTS, FACTS = "rows.arrow", "examples.arrow", "documents.arrow", "facts.json"
@@ -136,7 +137,7 @@ class RowStore:
         return self._table.column(name)
 
 
-class ExampleStore(Sequence[EncodedExample]):
+class ExampleStore(Indexed[EncodedExample]):
     """Encoded examples."""
 
     def __init__(self, path: Path) -> None:
@@ -155,15 +156,8 @@ class ExampleStore(Sequence[EncodedExample]):
     def __len__(self) -> int:
         return len(self._table)
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedExample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
-
-    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def at(self, index: int) -> EncodedExample:
+        """Example `index`, from 0."""
         batch, place = self._table.locate(index)
         ids = _slice(batch.column("input_ids"), place).copy()
         labels = np.full_like(ids, IGNORE)
@@ -179,7 +173,7 @@ class ExampleStore(Sequence[EncodedExample]):
 
 
 @dataclass(frozen=True)
-class ExampleView(Sequence[EncodedExample]):
+class ExampleView(Indexed[EncodedExample]):
     """Some of a store's examples."""
 
     store: ExampleStore
@@ -188,16 +182,9 @@ class ExampleView(Sequence[EncodedExample]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> EncodedExample: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[EncodedExample]: ...
-
-    def __getitem__(self, index: int | slice) -> EncodedExample | list[EncodedExample]:
-        if isinstance(index, slice):
-            return [self.store[int(place)] for place in self.indices[index]]
-        return self.store[int(self.indices[index])]
+    def at(self, index: int) -> EncodedExample:
+        """The example at place `index` of the view."""
+        return self.store.at(int(self.indices[index]))
 
     @property
     def num_tokens(self) -> np.ndarray:

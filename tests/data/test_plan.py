@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ftkit.data.chat import chat_template_for
-from ftkit.data.encode import Encoder, EncodeResult
+from ftkit.data.encode import NO_TARGET, Encoder, EncodeResult
 from ftkit.data.plan import Plan, make_plan
 from ftkit.data.types import IGNORE, Document, Example, Text
 from ftkit.errors import UserError
@@ -40,8 +40,10 @@ class ByteEncoder:
             raise UserError("the template refuses this", how="mend it", where=where)
         if document.text.startswith("gone"):
             return EncodeResult([], "longer than max_length without its prompt")
+        parts = [self._example(part) for part in document.text.split("|")]
+        examples = [example for example in parts if example.num_targets]
         uncut = max(len("<" + part) for part in document.text.split("|"))
-        return EncodeResult([self._example(part) for part in document.text.split("|")], uncut=uncut)
+        return EncodeResult(examples, NO_TARGET if len(examples) < len(parts) else None, uncut)
 
     def _example(self, text: str) -> Example:
         ids = np.frombuffer(("<" + text).encode(), np.uint8).astype(np.int32)
