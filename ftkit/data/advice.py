@@ -70,6 +70,11 @@ def warn_repeats(counts: Sequence[DatasetCounts]) -> list[str]:
     ]
 
 
+def warn_left_out(names: Sequence[str]) -> list[str]:
+    """Data sets of which data.clusters or data.exclude_clusters leave nothing: meant for held-out tasks, but told."""
+    return [f"not trained on, since all rows are of a cluster that is left out: {', '.join(names)}"] if names else []
+
+
 def warn_duplicates(corpus: Corpus, again: np.ndarray, measured: np.ndarray) -> list[str]:
     """Rows that are trained on though they say the same as an earlier or as a validation row.
 

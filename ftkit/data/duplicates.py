@@ -53,7 +53,7 @@ def _texts(content: RowContent) -> Iterator[str]:
             for part in (message.role, message.reasoning_content, message.content, *map(_as_json, message.tool_calls))
         ]
     else:
-        values = [*content.fields.values(), content.target]
+        values = [*content.fields.values(), *content.options, content.target]
     for value in values:
         text = value if isinstance(value, str) else "" if value is None else _as_json(value)
         if text := " ".join(text.split()).casefold():

@@ -175,15 +175,15 @@ def phrase(record: TaskRecord, phrasings: PhrasingSet, index: int, shots: Sequen
     """A record as a conversation: the prompt, after solved examples in the same phrasing, and the answer."""
     prompt, target = phrasings.phrase(record, index)
     # An example that the phrasing cannot be filled with (no rationale, say) is left out.
-    solved = ["\n\n".join(phrasings.phrase(shot, index)) for shot in shots if _has(shot, record)]
+    reasoned = phrasings.phrasings[index].rationale
+    usable = [s for s in shots if bool(s.options) == bool(record.options) and not (reasoned and s.rationale is None)]
+    solved = ["\n\n".join(phrasings.phrase(shot, index)) for shot in usable]
     text = "\n\n\n".join([*solved, prompt])
     accepted = record.references if target == record.target else (target,)
-    options = record.options if target in record.options else ()
+    # The answers to choose from are in the form in which the phrasing wants them.
+    letters = tuple(f"({letter})" for letter, _ in zip(LETTERS, record.options, strict=False))
+    options = next((choice for choice in (record.options, letters) if target in choice), ())
     return Conversation((Message("user", text), Message("assistant", target)), (), options, accepted)
-
-
-def _has(shot: TaskRecord, record: TaskRecord) -> bool:
-    return (record.rationale is None or shot.rationale is not None) and bool(shot.options) == bool(record.options)
 
 
 # ------------------------------------------------------------------------------------------------------- finding

@@ -112,7 +112,7 @@ def make_plan(
     """
     # 1. Rows -> documents, and which of them are measured and never trained on.
     train = _load(recipe, recipe.data.train, "train", directory, progress)
-    # Data sets of a cluster that the mixture leaves out.
+    left_out = [corpus.name for corpus in train if len(corpus.chosen) == 0]
     train = [corpus for corpus in train if len(corpus.chosen)]
     if not train:
         what = "the clusters leave no row to train on"
@@ -151,6 +151,7 @@ def make_plan(
         *advice.warn_repeats(plan.counts),
         *advice.warn_thinking(encoder.template, drawn.encoded.saw_reasoning),
         *split.warnings,
+        *advice.warn_left_out(left_out),
     ]
     return plan
 

@@ -14,7 +14,7 @@ from ftkit.commands.merge import merge
 from ftkit.commands.plan import plan
 from ftkit.commands.train import train
 from ftkit.errors import UserError
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, tiny_tokenizer
 from tests.tiny_runs import write_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -175,3 +175,13 @@ def test_an_output_that_cannot_be(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot create"):
         merge([str(run)], output=tmp_path / "file" / "merged")
+
+
+def test_a_template_that_was_chosen_for_the_base_is_told(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    plan(recipe, [])
+    assert "no chat template" not in capsys.readouterr().out
+    tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "base-llama")
+    (tmp_path / "base-llama" / "chat_template.jinja").unlink(missing_ok=True)
+    plan(recipe, [])
+    assert "warning: the base model has no chat template: it gets a plain one" in capsys.readouterr().out

@@ -29,6 +29,7 @@ def test_what_is_said_by_whom_does() -> None:
         Conversation((Message("user", "a"), Message("assistant", "", tool_calls=({"function": {"name": "b"}},)))),
         TaskRecord({"q": "a"}, "b"),
         TaskRecord({"q": "a"}, "c"),
+        TaskRecord({"q": "a"}, "c", options=("c", "d")),
     ]
     assert len({content_key(content) for content in different}) == len(different)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.data.phrasings import LIBRARY, PhrasingSet, find_phrasings, library, phrase, read_phrasings
+from ftkit.data.phrasings import LIBRARY, PhrasingSet, PhrasingsSection, find_phrasings, library, phrase, read_phrasings
 from ftkit.data.problems import RowError
 from ftkit.data.task_records import parse_template
 from ftkit.data.task_rows import SkippedRow, read_record, without_letters
@@ -87,8 +87,6 @@ def test_entries_say_where_their_names_are_from(name: str) -> None:
 
 
 def phrasings_of(**keys: Any) -> PhrasingSet:
-    from ftkit.data.phrasings import PhrasingsSection
-
     return PhrasingSet("test", PhrasingsSection(**{"phrasings": ("{text}?",), **keys}))
 
 
@@ -156,6 +154,15 @@ def test_solved_examples_come_first_in_the_same_words() -> None:
     assert conversation.messages[0].content == "Q: 1+1\nA:\n\n2\n\n\nQ: 2+2\nA:"
     assert conversation.messages[1].content == "4"
     assert conversation.references == ("4", "four")
+
+
+def test_only_examples_that_the_phrasing_can_be_filled_with_are_shown() -> None:
+    reasoned = {"prompt": "{text}, why?", "target": "{rationale}\nThe answer is {target}.", "rationale": True}
+    phrasings = PhrasingSet("test", PhrasingsSection.model_validate({"phrasings": ["{text}?", reasoned]}))
+    record = TaskRecord({"text": "a"}, "x", rationale="so")
+    shots = [TaskRecord({"text": "b"}, "y", rationale="as"), TaskRecord({"text": "c"}, "z")]
+    assert phrase(record, phrasings, 0, shots).messages[0].content == "b?\n\ny\n\n\nc?\n\nz\n\n\na?"
+    assert phrase(record, phrasings, 1, shots).messages[0].content == ("b, why?\n\nas\nThe answer is y.\n\n\na, why?")
 
 
 # ----------------------------------------------------------------------------------------------------------- finding

@@ -412,5 +412,6 @@ def test_data_sets_of_a_held_out_cluster_drop_out(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, recipe(sets, exclude_clusters=("one",)))
     assert set(texts_of(plan)) == {"b1", "b2"}
     assert plan.dataset_names == ["b"]
+    assert "not trained on, since all rows are of a cluster that is left out: a" in plan.warnings
     with pytest.raises(UserError, match="leave no row to train on"):
         plan_of(tmp_path, recipe(sets, exclude_clusters=("one", "two")))

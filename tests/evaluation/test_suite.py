@@ -266,3 +266,16 @@ def test_every_metric_can_be_named_and_every_key_says_what_it_is(tmp_path: Path)
     for name in METRICS:
         assert task_of(tmp_path, f"metric: {name}\noptions: [negative, positive]").metrics == (name,)
     assert all(field.description for field in TaskSection.model_fields.values())
+
+
+def test_rows_are_asked_in_the_librarys_phrasings(tmp_path: Path) -> None:
+    keys, rows = "templates: sst2\ncolumns: {sentence: text}\nmetric: rank_accuracy", REVIEWS * 10
+    items = task_of(tmp_path, keys, rows).items
+    # A phrasing that lists lettered options is answered by a letter.
+    assert {item.truth.options for item in items} == {("negative", "positive"), ("(A)", "(B)")}
+    for item, row in zip(items, rows, strict=True):
+        assert row["inputs"]["text"] in asked(item)
+        assert item.truth.references[0] == item.truth.options[row["target"] == "positive"]
+    assert len({asked(item).replace(row["inputs"]["text"], "") for item, row in zip(items, rows, strict=True)}) > 2
+    again = task_of(tmp_path, keys, rows).items
+    assert [asked(item) for item in items] == [asked(item) for item in again]
