@@ -169,7 +169,7 @@ def _train_as(
     built.loop.run(built.state)
 
     # 5. The result: the weights of the best or the last checkpoint.
-    tokens = built.loop.total_tokens_run()
+    tokens = built.loop.feed.total_tokens_run()
     since = f" since step {start.checkpoint.step}" if start.checkpoint is not None else ""
     console.line(
         f"ran {human_count(tokens['training'])} tokens in training and {human_count(tokens['evaluation'])} in "

@@ -22,6 +22,7 @@ from ftkit.models.tokenizer import untrained_tokens
 from ftkit.recipe.schema import Recipe
 from ftkit.runs import MetricsFile, recorded_base
 from ftkit.training.checkpoint import Checkpoint, load_optimizer, load_random
+from ftkit.training.feed import Feed
 from ftkit.training.loop import Loop
 from ftkit.training.optim import make_optimizer
 from ftkit.training.prepare import Prepared, pad_id
@@ -60,7 +61,9 @@ class Built:
         console.line(f"packing    {self.isolation.reason}")
         world = self.loop.world
         where = f"{world.size} processes" if world.size > 1 else "one process"
-        console.line(f"device     {world.device}, {where}, {human_count(self.loop.max_tokens)} tokens a micro-batch")
+        console.line(
+            f"device     {world.device}, {where}, {human_count(self.loop.feed.max_tokens)} tokens a micro-batch"
+        )
         for note in self.notes:
             console.line(f"note       {note}")
 
@@ -119,16 +122,15 @@ def build(
         state = _restore(checkpoint, optimizer, parameters, world)
     save = Saver(prepared, world, console, metrics, run, method, model, identity, optimizer, parameters)
 
+    max_tokens = tokens_per_device(recipe, world.device)
     loop = Loop(
         section=recipe.training,
         plan=plan,
         world=world,
+        feed=Feed(plan, world, max_tokens, packed=isolation.packed, pad_id=pad_id(prepared.tokenizer)),
         objective=root,
         parameters=parameters,
         optimizer=optimizer,
-        max_tokens=tokens_per_device(recipe, world.device),
-        packed=isolation.packed,
-        pad_id=pad_id(prepared.tokenizer),
         metrics=metrics,
         console=console,
         save=save,
