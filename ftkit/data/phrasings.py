@@ -5,6 +5,7 @@ https://arxiv.org/abs/2109.01652, section 2.1).
 into a `TaskRecord`, and a phrasing makes a prompt and a target of that.
 """
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class PhrasingsSection(Section):
     """The answer is the number of its option, counted from 0 or from 1."""
     options: NonEmpty | ListOf[NonEmpty] | None = None
     """The row's options: the column that lists them, or a filling for each."""
+    sort_options: bool = False
+    """Whether options are sorted: where the columns fix the place of the right one, a model would learn the place."""
     skip: ListOf[int | str] = ()
     """Answers that say there is none; such rows are dropped."""
     target_after: NonEmpty | None = None
@@ -70,6 +73,8 @@ class PhrasingsSection(Section):
     """Column with the reasoning that leads to the answer."""
     rationale_before: NonEmpty | None = None
     """The reasoning is what stands before the last such mark."""
+    rationale_without: NonEmpty | None = None
+    """Regular expression of what is no part of the reasoning, and is taken out of it."""
     phrasings: Annotated[ListOf[NonEmpty | PhrasingSection], Field(min_length=1)]
     """The ways to ask; a text is a prompt whose answer is {target}."""
 
@@ -86,6 +91,15 @@ class PhrasingsSection(Section):
             raise ValueError("at least one phrasing must ask for the answer alone")
         return phrasings
 
+    @field_validator("rationale_without")
+    @classmethod
+    def _is_a_regular_expression(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        return pattern
+
     @model_validator(mode="after")
     def _one_way_to_the_answer(self) -> "PhrasingsSection":
         ways = [name for name in ("labels", "target_keys", "target_index") if getattr(self, name) is not None]
@@ -95,6 +109,8 @@ class PhrasingsSection(Section):
             raise ValueError(f"{ways[0]} needs options")
         if self.labels is not None and self.options is not None:
             raise ValueError("labels are the options; remove options")
+        if self.sort_options and (ways or self.options is None):
+            raise ValueError("sort_options needs options, and an answer that is the text of one")
         return self
 
 

@@ -1,5 +1,6 @@
 """Raw rows of public data sets, read for their phrasings: which column holds the answer, and what it means."""
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ def read_record(
     inputs = row.get("inputs")
     view = _Columns({**row, **inputs} if isinstance(inputs, dict) else row, columns)
     options = section.labels or _options(section.options, view)
+    options = tuple(sorted(options)) if section.sort_options else options
     value = view.value(section.target, instead="target")
     if value in section.skip:
         raise SkippedRow(f"no answer ({section.target} is {value})")
@@ -179,4 +181,6 @@ def _rationale(phrasings: PhrasingSet, view: _Columns) -> str | None:
     mark = section.rationale_before
     if own is None and mark is not None:
         text = text.rpartition(mark)[0] if mark in text else ""
+    if section.rationale_without is not None:
+        text = re.sub(section.rationale_without, "", text)
     return text.strip() or None

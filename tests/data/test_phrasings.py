@@ -128,6 +128,25 @@ def test_reasoning_and_answer_in_one_column() -> None:
     assert record_of(phrasings, {"text": "t", "answer": "4"}).rationale is None
 
 
+def test_what_is_no_part_of_the_reasoning_is_taken_out() -> None:
+    row = ROWS["gsm8k"]
+    assert (
+        record_of(library()["gsm8k"], row).rationale == "He packs 6 * 4 = 24 candles.\nOf these 24 - 9 = 15 are left."
+    )
+    for last_line in ("Answer: B", "The correct answer is (B).", "Ans. B", "B is correct.", "Hence option B"):
+        row = ROWS["aqua_rat"] | {"rationale": f"Half of 36 is 18.\n{last_line}"}
+        assert record_of(library()["aqua_rat"], row).rationale == "Half of 36 is 18."
+    for last_line in ("The answer is 18", "So train B is faster", "5 options: 2^5"):
+        row = ROWS["aqua_rat"] | {"rationale": f"Half of 36 is 18.\n{last_line}"}
+        assert record_of(library()["aqua_rat"], row).rationale == f"Half of 36 is 18.\n{last_line}"
+
+
+def test_sorted_options_do_not_tell_the_answer_by_their_place() -> None:
+    phrasings = phrasings_of(target="right", options=("{wrong}", "{right}"), sort_options=True)
+    assert record_of(phrasings, {"text": "t", "wrong": "b", "right": "a"}).options == ("a", "b")
+    assert record_of(phrasings, {"text": "t", "wrong": "a", "right": "b"}).options == ("a", "b")
+
+
 def test_rows_without_an_answer_are_skipped() -> None:
     with pytest.raises(SkippedRow, match=r"no answer \(label is -1\)"):
         record_of(phrasings_of(target="label", labels=("a", "b"), skip=(-1,)), {"text": "t", "label": -1})
@@ -195,6 +214,9 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ({"phrasings": ["{x}"], "target_index": 0}, "target_index needs options"),
         ({"phrasings": [{"prompt": "{x}", "inverted": True}]}, "must ask for the answer alone"),
         ({"phrasings": ["{x}", {"prompt": "{x}", "rationale": True}]}, "no {rationale}"),
+        ({"phrasings": ["{x}"], "rationale_without": "("}, "no regular expression: missing )"),
+        ({"phrasings": ["{x}"], "sort_options": True}, "sort_options needs options"),
+        ({"phrasings": ["{x}"], "options": "x", "target_index": 0, "sort_options": True}, "sort_options needs options"),
     ],
 )
 def test_wrong_files(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
