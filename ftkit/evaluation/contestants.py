@@ -19,6 +19,7 @@ from ftkit.evaluation.schema import PromptMode
 from ftkit.methods.files import check_base, identify, read_identity
 from ftkit.methods.table import method_of
 from ftkit.models.load import BaseModel, load_tokenizer, load_weights
+from ftkit.models.precision import compute_in
 from ftkit.recipe.schema import DataSection, ModelSection, Recipe
 from ftkit.runs import Target
 
@@ -75,6 +76,8 @@ def _load(
     if target.adapter is not None:
         method = method_of(target.adapter)
         section: Any = method.load(model, target.adapter)
+        # The adapter is float32, and computes as it did in training.
+        compute_in(model, dtype)
         if method.keeps_base(section):
             disabled = lambda: method.disabled(model)  # noqa: E731
     # transformers types its own `to` for quantized models only.

@@ -8,9 +8,12 @@ from ftkit.errors import UserError
 from ftkit.evaluation.contestants import leading_target, load_contestants
 from ftkit.evaluation.items import Item
 from ftkit.evaluation.metrics import Truth
+from ftkit.methods.files import BaseIdentity
+from ftkit.models.load import fingerprint
 from ftkit.recipe.load import dump_recipe, load_recipe
 from ftkit.runs import ENVIRONMENT, RECIPE, find_target
-from tests.artifacts.adapters import write_pair
+from tests.artifacts.adapters import open_base, write_pair
+from tests.methods.cases import SECTIONS, applied, logits, method_of, perturb
 from tests.tiny_models import CHATML, save_tiny, tiny_tokenizer
 from tests.tiny_runs import write_recipe
 
@@ -65,3 +68,21 @@ def test_an_adapter_is_not_measured_on_a_base_that_has_changed(run):
     # One that does not say what it was trained on is taken as it is.
     (run / "adapter" / "ftkit.json").unlink()
     load(run)
+
+
+@pytest.mark.parametrize("case", ["lora", "adapter", "adapter-norms"])
+def test_an_adapter_of_any_method_computes_in_bfloat16(case, tmp_path):
+    base = save_tiny(tmp_path / "base")
+    model = applied("llama", case)
+    perturb(model)
+    identity = BaseIdentity(str(base), None, fingerprint(open_base(base)))
+    method_of(case).save(model, SECTIONS[case], tmp_path / "adapter", identity)
+    target = find_target(str(tmp_path / "adapter"))
+    of = {
+        dtype: load_contestants([target], mode="raw", dtype=dtype, device=torch.device("cpu"))[0].model
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    exact, rounded = logits(of[torch.float32]), logits(of[torch.bfloat16])
+    assert rounded.dtype == torch.bfloat16
+    # bfloat16 keeps 8 bits; two layers and the head add a few roundings.
+    assert (rounded - exact).abs().max() < 2**-5 * exact.abs().max()
