@@ -19,9 +19,10 @@ from ftkit.artifacts.directory import (
     template_kwargs,
     write_config,
 )
-from ftkit.artifacts.weights import ComputeDelta, check_tensors, names_in_files, rewrite
+from ftkit.artifacts.weights import check_tensors, names_in_files, rewrite
 from ftkit.errors import UserError
 from ftkit.methods import adapter, full, lora
+from ftkit.methods.base import ComputeDelta
 from ftkit.methods.files import BOTTLENECK, LORA, check_base, identify, read_adapter, read_identity
 from ftkit.models.files import ADAPTER_CONFIG_NAME, WEIGHTS_NAME, hash_files, read_json, stored_dtype
 from ftkit.models.load import BaseModel, load_config, load_tokenizer, load_weights, local_directory

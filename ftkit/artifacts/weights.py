@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,10 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ftkit.errors import CheckFailedError
+from ftkit.methods.base import ComputeDelta
 from ftkit.models.files import INDEX_NAME, read_json, weight_files
-
-ComputeDelta = Callable[[], Tensor]
-"""Computes what is added to a weight (float32, in the weight's own layout)."""
 
 
 def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: str) -> dict[str, ComputeDelta]:
@@ -74,7 +72,8 @@ def rewritten(weight: Tensor, delta: ComputeDelta | None, dtype: torch.dtype | N
     dtype = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
     if delta is None:
         return weight.to(dtype)
-    return (weight.float() + delta()).to(dtype).contiguous()
+    exact = weight.float()
+    return (exact + delta(exact)).to(dtype).contiguous()
 
 
 def check_tensors(

@@ -21,8 +21,11 @@ from ftkit.methods.files import BaseIdentity
 Gather = Callable[[Tensor], Tensor]
 """Turns a shard into its full tensor, e.g. `distributed.whole`; a collective."""
 
-Delta = tuple[str, Callable[[], Tensor]]
-"""Name of a base weight, and a function that computes what to add to it (float32, in the weight's own layout)."""
+ComputeDelta = Callable[[Tensor], Tensor]
+"""What merging adds to a base weight, from that weight: both float32, in the weight's own layout."""
+
+Delta = tuple[str, ComputeDelta]
+"""Name of a base weight, and what to add to it."""
 
 
 class Method(Protocol):

@@ -1,6 +1,6 @@
 """`lora`: low-rank updates of linear layers (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in peft's files."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
-from ftkit.methods.base import Delta, Gather, copy_strictly, freeze, gathered, seeded_generator
+from ftkit.methods.base import ComputeDelta, Delta, Gather, copy_strictly, freeze, gathered, seeded_generator
 from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, write_adapter
 from ftkit.methods.lora_layer import LoraLayer, insert_lora
 from ftkit.methods.targets import select_targets, shortest_names
@@ -131,8 +131,8 @@ def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     return parameters
 
 
-def _delta(state: Mapping[str, Tensor], path: str, scale: float, transposed: bool) -> Callable[[], Tensor]:
-    def compute() -> Tensor:
+def _delta(state: Mapping[str, Tensor], path: str, scale: float, transposed: bool) -> ComputeDelta:
+    def compute(weight: Tensor) -> Tensor:
         # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
         delta_OI = (state[f"{PREFIX}{path}{B}"].float() @ state[f"{PREFIX}{path}{A}"].float()) * scale
         return delta_OI.t() if transposed else delta_OI

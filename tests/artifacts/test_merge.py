@@ -281,7 +281,7 @@ def test_rounding_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rewrite = merging.rewrite
 
     def rounding_twice(source: Path, target: Path, deltas: dict[str, Any], **keywords: Any) -> None:
-        rewrite(source, target, {n: lambda d=d: d().bfloat16().float() for n, d in deltas.items()}, **keywords)
+        rewrite(source, target, {n: lambda w, d=d: d(w).bfloat16().float() for n, d in deltas.items()}, **keywords)
 
     monkeypatch.setattr(merging, "rewrite", rounding_twice)
     with pytest.raises(CheckFailedError, match="is not cast"):
@@ -294,7 +294,7 @@ def test_a_wrong_scale_shows_in_the_logits(tmp_path: Path, monkeypatch: pytest.M
 
     def scaled(*arguments: Any) -> Any:
         for name, delta in deltas(*arguments):
-            yield name, lambda delta=delta: delta() * 1.01
+            yield name, lambda weight, delta=delta: delta(weight) * 1.01
 
     monkeypatch.setattr(lora, "deltas", scaled)
     with pytest.raises(CheckFailedError, match="logits differ from the adapted model's by"):
