@@ -32,7 +32,7 @@ from ftkit.methods.files import (
     write_adapter,
 )
 from ftkit.models.architecture import block_parts, describe, linear_shape, norm_modules
-from ftkit.recipe.schema import AdapterMethod
+from ftkit.recipe.method_schema import AdapterMethod
 
 name = "adapter"
 merge_refusal: str | None = (

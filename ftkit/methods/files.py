@@ -21,14 +21,14 @@ from torch import Tensor
 from ftkit.errors import FtkitError, Problem, UserError
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, fingerprint
-from ftkit.recipe.schema import AdapterMethod, LoraMethod
+from ftkit.recipe.method_schema import AdapterMethod, LoraMethod
 
 CONFIG_NAME, WEIGHTS_NAME, IDENTITY_NAME = "adapter_config.json", "adapter_model.safetensors", "ftkit.json"
 LORA, BOTTLENECK = "LORA", "FTKIT_BOTTLENECK"
 """Values of `peft_type`."""
 
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
-_READ |= {"exclude_modules", "init_lora_weights"}
+_READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern"}
 # Neither changes what the saved weights compute: where they go is told by their own names.
 _WITHOUT_EFFECT = {"task_type", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "layers_pattern"}
 _WITHOUT_EFFECT |= {"layers_to_transform", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"}
@@ -136,12 +136,13 @@ def lora_config(section: LoraMethod, targets: Sequence[str], *, fan_in_fan_out: 
         targets: names or paths that peft matches to exactly the adapted modules.
         fan_in_fan_out: whether the weights lie transposed, as in GPT-2's Conv1D.
     """
-    # peft and vLLM declare lora_alpha as an integer; a fraction works in both all the same.
-    alpha = int(section.alpha) if section.alpha.is_integer() else section.alpha
     return {
         "peft_type": LORA,
         "r": section.rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _plain_number(section.alpha),
+        "rank_pattern": section.rank_pattern,
+        "alpha_pattern": {name: _plain_number(alpha) for name, alpha in section.alpha_pattern.items()},
+        "use_rslora": section.rank_stabilized,
         "lora_dropout": section.dropout,
         "target_modules": list(targets),
         "fan_in_fan_out": fan_in_fan_out,
@@ -169,6 +170,8 @@ def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
     exclude = config.get("exclude_modules") or ()
     values = {"type": "lora", "rank": config.get("r"), "alpha": config.get("lora_alpha")}
     values |= {"dropout": config.get("lora_dropout", 0.0), "targets": _names(targets), "exclude": _names(exclude)}
+    values |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    values["rank_stabilized"] = config.get("use_rslora") or False
     try:
         return LoraMethod.model_validate(values)
     except ValidationError as error:
@@ -204,6 +207,11 @@ def _supported(name: str, value: Any) -> bool:
     return name in _READ or name in _WITHOUT_EFFECT or not value or (name == "bias" and value == "none")
 
 
+def _plain_number(alpha: float) -> int | float:
+    """peft and vLLM declare alphas as integers; a fraction works in both all the same."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def _names(value: str | Sequence[str]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(sorted(value))
 
@@ -222,7 +230,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Only the outermost keys are sorted: of patterns that match the same layer, the first one counts.
+    path.write_text(json.dumps(dict(sorted(content.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def _version() -> str:

@@ -13,7 +13,7 @@ from ftkit.errors import UserError
 from ftkit.methods.base import Delta, Gather, copy_strictly, gathered, train_in_float32
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.quiet import quiet_transformers
-from ftkit.recipe.schema import FullMethod
+from ftkit.recipe.method_schema import FullMethod
 
 name = "full"
 merge_refusal: str | None = (

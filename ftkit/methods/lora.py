@@ -1,5 +1,6 @@
 """`lora`: low-rank updates of linear layers (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in peft's files."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,9 @@ from ftkit.errors import UserError
 from ftkit.methods.base import ComputeDelta, Delta, Gather, copy_strictly, freeze, gathered, seeded_generator
 from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, write_adapter
 from ftkit.methods.lora_layer import LoraLayer, insert_lora
-from ftkit.methods.targets import select_targets, shortest_names
+from ftkit.methods.targets import check_patterns, matching_value, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
-from ftkit.recipe.schema import LoraMethod
+from ftkit.recipe.method_schema import LoraMethod
 
 name = "lora"
 merge_refusal: str | None = None
@@ -26,7 +27,10 @@ PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
     """Freeze the model and give every target its A and B."""
-    _insert(model, select_targets(model, section.targets, section.exclude), section, seed=seed)
+    layers = select_targets(model, section.targets, section.exclude)
+    check_patterns(section.rank_pattern, layers, "rank_pattern")
+    check_patterns(section.alpha_pattern, layers, "alpha_pattern")
+    _insert(model, layers, section, seed=seed)
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
@@ -73,11 +77,11 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
 
 
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[Delta]:
-    """(alpha / rank) * B A for every adapted weight, in the order of `state`."""
+    """scale * B A for every adapted weight, in the order of `state`."""
     for path in adapted_paths(state):
         module = model.get_submodule(path)
         assert is_linear(module), path
-        yield f"{path}.weight", _delta(state, path, section.alpha / section.rank, isinstance(module, Conv1D))
+        yield f"{path}.weight", _delta(state, path, _scale(section, path), isinstance(module, Conv1D))
 
 
 def keeps_base(section: LoraMethod) -> bool:
@@ -111,11 +115,21 @@ def _insert(model: PreTrainedModel, layers: Mapping[str, torch.nn.Module], secti
     for path, module in layers.items():
         insert_lora(
             module,
-            rank=section.rank,
-            alpha=section.alpha,
+            rank=_rank(section, path),
+            scale=_scale(section, path),
             dropout=section.dropout,
             generator=seeded_generator(seed, path),
         )
+
+
+def _rank(section: LoraMethod, path: str) -> int:
+    return matching_value(section.rank_pattern, path, section.rank)
+
+
+def _scale(section: LoraMethod, path: str) -> float:
+    """What B A is multiplied by in the layer at `path`."""
+    rank, alpha = _rank(section, path), matching_value(section.alpha_pattern, path, section.alpha)
+    return alpha / math.sqrt(rank) if section.rank_stabilized else alpha / rank
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:

@@ -1,6 +1,6 @@
 """The LoRA layer (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
 
-    y = x W^T + b + (alpha / rank) * dropout(x) A^T B^T
+    y = x W^T + b + scale * dropout(x) A^T B^T        scale = alpha / rank
 
 Shape suffixes: N tokens, I input width, O output width, R rank.
 """
@@ -88,7 +88,7 @@ class LoraLinear(nn.Linear):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scale: float
-    """alpha / rank"""
+    """What B A is multiplied by."""
     lora_dropout: float
     lora_enabled: bool
 
@@ -128,7 +128,7 @@ def _forward(layer: LoraLayer, x: Tensor, *, transposed: bool) -> Tensor:
     return output
 
 
-def insert_lora(module: nn.Module, *, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> LoraLayer:
+def insert_lora(module: nn.Module, *, rank: int, scale: float, dropout: float, generator: torch.Generator) -> LoraLayer:
     """Turn a linear layer into a LoRA layer that computes the same: A Kaiming-uniform, B zero (as in the paper's code,
     https://github.com/microsoft/LoRA/blob/4c0333854cb905966f8cc4e9a74068c1e507c7b7/loralib/layers.py#L119).
 
@@ -149,5 +149,5 @@ def insert_lora(module: nn.Module, *, rank: int, alpha: float, dropout: float, g
     assert isinstance(module, LoraLayer)
     module.lora_A = nn.Parameter(a_RI.to(weight.device))
     module.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=weight.device))
-    module.lora_scale, module.lora_dropout, module.lora_enabled = alpha / rank, dropout, True
+    module.lora_scale, module.lora_dropout, module.lora_enabled = scale, dropout, True
     return module

@@ -18,7 +18,8 @@ from ftkit.recipe.names import convert_values, move_aliases
 from ftkit.recipe.overrides import WHERE, apply_overrides
 from ftkit.recipe.problems import validate
 from ftkit.recipe.scalars import is_text
-from ftkit.recipe.schema import DatasetSection, Recipe, Section
+from ftkit.recipe.schema import DatasetSection, Recipe
+from ftkit.recipe.section import Section
 
 HUB_PREFIX = "hf://"
 """In front of a base model or data set: never a local path."""

@@ -22,7 +22,7 @@ def layer(kind: str, *, dropout: float = 0.0, dtype: torch.dtype = torch.float32
     base: nn.Module = nn.Linear(IN, OUT, bias=bias) if kind == "linear" else Conv1D(OUT, IN)
     for parameter in base.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
-    lora = insert_lora(base, rank=RANK, alpha=6.0, dropout=dropout, generator=generator)
+    lora = insert_lora(base, rank=RANK, scale=2.0, dropout=dropout, generator=generator)
     lora.lora_B.data = torch.randn(OUT, RANK, generator=generator)
     return lora.double() if dtype == torch.float64 else lora
 
@@ -48,10 +48,10 @@ both_kinds = pytest.mark.parametrize("kind", ["linear", "conv1d"])
 
 
 def test_known_answer():
-    """W = [[1, 2]], b = 3, A = [[1, -1]], B = [[2]], alpha / rank = 4, x = (5, 7): 5 + 14 + 3 + 4 * 2 * (5 - 7) = 6."""
+    """W = [[1, 2]], b = 3, A = [[1, -1]], B = [[2]], scale 4, x = (5, 7): 5 + 14 + 3 + 4 * 2 * (5 - 7) = 6."""
     linear = nn.Linear(2, 1)
     linear.weight.data, linear.bias.data = torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])
-    lora = insert_lora(linear, rank=1, alpha=4.0, dropout=0.0, generator=torch.Generator())
+    lora = insert_lora(linear, rank=1, scale=4.0, dropout=0.0, generator=torch.Generator())
     lora.lora_A.data, lora.lora_B.data = torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0]])
     assert lora(torch.tensor([5.0, 7.0])).tolist() == [6.0]
 
@@ -106,7 +106,7 @@ def test_starts_as_its_base(kind):
     base = nn.Linear(IN, OUT) if kind == "linear" else Conv1D(OUT, IN)
     x, bound = random_input(4).detach(), IN**-0.5
     before = base(x)
-    lora = insert_lora(base, rank=RANK, alpha=6.0, dropout=0.0, generator=torch.Generator().manual_seed(0))
+    lora = insert_lora(base, rank=RANK, scale=2.0, dropout=0.0, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(lora(x), before, rtol=0, atol=1e-6)
     assert lora.lora_B.count_nonzero() == 0
     # Kaiming-uniform with a = sqrt(5): bounded by 1 / sqrt(input width).
@@ -117,7 +117,7 @@ def test_the_module_keeps_its_identity_and_names():
     linear = nn.Linear(IN, OUT)
     weight, hooks = linear.weight, []
     linear.register_forward_hook(lambda *_: hooks.append(True))
-    lora = insert_lora(linear, rank=RANK, alpha=1.0, dropout=0.0, generator=torch.Generator())
+    lora = insert_lora(linear, rank=RANK, scale=0.5, dropout=0.0, generator=torch.Generator())
     assert lora is linear
     assert lora.weight is weight
     assert list(lora.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
@@ -229,7 +229,7 @@ def test_on_a_class_that_casts_its_weight():
     linear.__class__ = CastLinear
     x = random_input(4, dtype=torch.bfloat16).detach()
     before = linear(x)
-    lora = insert_lora(linear, rank=RANK, alpha=1.0, dropout=0.0, generator=torch.Generator())
+    lora = insert_lora(linear, rank=RANK, scale=0.5, dropout=0.0, generator=torch.Generator())
     assert torch.equal(lora(x), before)
 
 
@@ -244,7 +244,7 @@ def test_quantized_weights_are_not_taken_for_plain_ones():
     linear = nn.Linear(4, 4)
     linear.weight = nn.Parameter(torch.zeros(8, 1))
     with pytest.raises(AssertionError, match="packed"):
-        insert_lora(linear, rank=1, alpha=1.0, dropout=0.0, generator=torch.Generator())
+        insert_lora(linear, rank=1, scale=1.0, dropout=0.0, generator=torch.Generator())
 
 
 def test_dropout_survives_checkpointing():

@@ -148,9 +148,6 @@ def edited(directory, **changes) -> None:
     ("key", "value"),
     [
         ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
         ("bias", "all"),
         ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),

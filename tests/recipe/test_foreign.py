@@ -47,6 +47,8 @@ MEANINGS = {
     "lora_target: all": ("method.targets", "all-linear"),
     "lora_target: 'q_proj, v_proj'": ("method.targets", ("q_proj", "v_proj")),
     "lora_target_linear: true": ("method.targets", "all-linear"),
+    "use_rslora: true": ("method.rank_stabilized", True),
+    "rank_pattern: {q_proj: 8}": ("method.rank_pattern.q_proj", 8),
     "exclude_modules: [k_proj]": ("method.exclude", ("k_proj",)),
     "num_epochs: 3.0": ("training.num_train_epochs", 3),
     "num_train_epochs: 4.0": ("training.num_train_epochs", 4),
