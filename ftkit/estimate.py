@@ -79,4 +79,4 @@ def _count(prepared: Prepared, device: torch.device) -> Report:
             prepared.config, dtype=dtype, trust_remote_code=prepared.base.trust_remote_code
         )
     method.apply(model, recipe.method, seed=recipe.seed)
-    return report(model)
+    return report(model, method)

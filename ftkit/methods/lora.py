@@ -6,14 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
-from ftkit.methods.base import ComputeDelta, Delta, Gather, copy_strictly, freeze, gathered, seeded_generator
-from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, write_adapter
-from ftkit.methods.lora_layer import LoraLayer, insert_lora
+from ftkit.methods.base import ComputeDelta, Delta, Gather, check_fits, freeze, gathered, seeded_generator
+from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, trained_as, write_adapter
+from ftkit.methods.lora_init import INITIALISATIONS, zeros
+from ftkit.methods.lora_layer import LoraLayer, insert_lora, weight_OI
 from ftkit.methods.targets import check_patterns, matching_value, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
 from ftkit.recipe.method_schema import LoraMethod
@@ -34,13 +35,29 @@ def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
-    """A and B of every layer, under peft's names."""
-    return gathered(_parameters(model), gather)
+    """A and B of every layer, under peft's names; of a PiSSA [A; A0] and [B, -B0], a plain LoRA of twice the rank."""
+    state: dict[str, Tensor] = {}
+    for path, layer in _layers(model):
+        a_RI, b_OR = gathered({"A": layer.lora_A, "B": layer.lora_B}, gather).values()
+        if layer.lora_A0 is not None and layer.lora_B0 is not None:
+            start_a_RI, start_b_OR = gathered({"A0": layer.lora_A0, "B0": layer.lora_B0}, gather).values()
+            # A process that does not write gathers tensors without dimensions.
+            a_RI, b_OR = torch.cat([a_RI, start_a_RI]), torch.cat([b_OR, -start_b_OR], dim=b_OR.ndim - 1)
+        state |= {f"{PREFIX}{path}{A}": a_RI, f"{PREFIX}{path}{B}": b_OR}
+    return state
 
 
+@torch.no_grad()
 def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """Copy A and B back."""
-    copy_strictly(_parameters(model), state)
+    check_fits(trained_state(model), state)
+    for path, layer in _layers(model):
+        a_RI, b_OR, rank = state[f"{PREFIX}{path}{A}"], state[f"{PREFIX}{path}{B}"], layer.lora_A.shape[0]
+        layer.lora_A.copy_(a_RI[:rank])
+        layer.lora_B.copy_(b_OR[:, :rank])
+        if layer.lora_A0 is not None and layer.lora_B0 is not None:
+            layer.lora_A0.copy_(a_RI[rank:])
+            layer.lora_B0.copy_(-b_OR[:, rank:])
 
 
 def save(
@@ -55,13 +72,16 @@ def save(
     layers = dict(_layers(model))
     transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
     config = lora_config(section, shortest_names(model, layers), fan_in_fan_out=transposed)
-    write_adapter(directory, config, trained_state(model) if state is None else state, identity, base_dtype=model.dtype)
+    state = trained_state(model) if state is None else state
+    # What peft reads is a plain LoRA of twice the rank; to go on training it takes to know which half is frozen.
+    frozen_half = section if section.init == "pissa" else None
+    write_adapter(directory, config, state, identity, base_dtype=model.dtype, trained_as=frozen_half)
 
 
 def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
     """Load an adapter of ftkit or peft. Which layers it adapts is told by the names of its weights."""
     config, state = read_adapter(directory, peft_type=LORA)
-    section = lora_section(config, directory)
+    section = trained_as(directory) or lora_section(config, directory)
     layers = linear_modules(model)
     paths = adapted_paths(state)
     unknown = sorted(set(paths) - set(layers))
@@ -71,7 +91,7 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
             how="load it on the base model it was trained on",
             where=str(directory),
         )
-    _insert(model, {path: layers[path] for path in paths}, section, seed=0)
+    _insert(model, {path: layers[path] for path in paths}, section, seed=None)
     load_state(model, state)
     return section
 
@@ -109,17 +129,18 @@ def adapted_paths(state: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(key.removesuffix(A).removesuffix(B) for key in names))
 
 
-def _insert(model: PreTrainedModel, layers: Mapping[str, torch.nn.Module], section: LoraMethod, *, seed: int) -> None:
+def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: LoraMethod, *, seed: int | None) -> None:
+    """Give every layer its factors: initial ones, or where `seed` is None zeros to load saved ones into."""
     assert not any(True for _ in _layers(model)), "the model has LoRA layers already"
     freeze(model)
     for path, module in layers.items():
-        insert_lora(
-            module,
-            rank=_rank(section, path),
-            scale=_scale(section, path),
-            dropout=section.dropout,
-            generator=seeded_generator(seed, path),
-        )
+        weight, rank, scale = weight_OI(module), _rank(section, path), _scale(section, path)
+        if seed is None:
+            factors = zeros(weight, rank)
+        else:
+            factors = INITIALISATIONS[section.init](weight, rank, scale, seeded_generator(seed, path))
+        start = (factors[0].clone(), factors[1].clone()) if section.init == "pissa" else None
+        insert_lora(module, factors, scale=scale, dropout=section.dropout, start=start)
 
 
 def _rank(section: LoraMethod, path: str) -> int:
@@ -136,13 +157,6 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
-
-
-def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    parameters: dict[str, Tensor] = {}
-    for path, layer in _layers(model):
-        parameters |= {f"{PREFIX}{path}{A}": layer.lora_A, f"{PREFIX}{path}{B}": layer.lora_B}
-    return parameters
 
 
 def _delta(state: Mapping[str, Tensor], path: str, scale: float, transposed: bool) -> ComputeDelta:

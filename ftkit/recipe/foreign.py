@@ -63,6 +63,11 @@ def _module_names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if "," in value and "(" not in value else value
 
 
+def _initialisation(value: Any) -> Any:
+    """peft's `pissa_niter_4`."""
+    return "pissa" if isinstance(value, str) and value.startswith("pissa_niter_") else value
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -176,6 +181,9 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "exclude_modules": Alias("method.exclude"),
     "use_rslora": Alias("method.rank_stabilized"),
     "peft_use_rslora": Alias("method.rank_stabilized"),
+    "init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
+    "peft_init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
+    "pissa_init": Alias("method.init", _choices({True: "pissa", False: "kaiming"})),
     "bottleneck_size": Alias("method.bottleneck"),
     "num_epochs": Alias("training.num_train_epochs"),
     "epochs": Alias("training.num_train_epochs"),
@@ -276,9 +284,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_VOCABULARY, "special_tokens tokens add_tokens add_special_tokens resize_vocab eos_token pad_token"),
     **_group(_VOCABULARY, "resize_token_embeddings_to_32x"),
     **_group(_TOKENIZER, "tokenizer_type tokenizer_config tokenizer_name tokenizer_name_or_path use_fast_tokenizer"),
-    **_group(_LORA_VARIANT, "use_dora peft_use_dora loraplus_lr_ratio pissa_init init_lora_weights"),
-    **_group(_LORA_VARIANT, "peft_init_lora_weights loftq_config lora_bias bias relora"),
-    **_group(_LORA_VARIANT, "layers_to_transform peft_layers_to_transform"),
+    **_group(_LORA_VARIANT, "use_dora peft_use_dora loraplus_lr_ratio loftq_config lora_bias bias"),
+    **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
     **_group(_ADAPTER_START, "adapter_name_or_path lora_model_dir"),
     **_group(_SAVED_MODULES, "additional_target lora_modules_to_save trainable_token_indices"),
     **_group(_SAVED_MODULES, "unfrozen_parameters"),
@@ -311,6 +318,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
         {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
     ),
     "method.type": _choices({"houlsby": "adapter", "bottleneck": "adapter"}),
+    "method.init": _initialisation,
     "method.targets": _choices({"all_linear": "all-linear"}),
     "training.num_train_epochs": _whole,
     "training.optim": _choices(
@@ -326,6 +334,7 @@ LATER_VALUES: dict[str, dict[Any, str]] = {
         "qlora": "write lora, with model.dtype: bfloat16",
         **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "dora", "oft", "freeze"), "write lora"),
     },
+    "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
     "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),
     "training.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, and set training.min_lr_ratio"},
     "training.gradient_checkpointing": {int: "write true to recompute every block"},

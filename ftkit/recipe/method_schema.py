@@ -31,6 +31,9 @@ class LoraMethod(Section):
     """Alphas of some layers, as in `rank_pattern`."""
     rank_stabilized: bool = False
     """Multiply the update by alpha / sqrt(rank) instead (rsLoRA, Kalajdzievski 2023), which suits large ranks."""
+    init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
+    """What A starts from while B is zero: Kaiming-uniform, or normal; pissa: A and B from the weight's largest singular
+    components, which are taken off it (Meng et al. 2024, https://arxiv.org/abs/2404.02948)."""
     dropout: Share = 0.0
     """Probability of dropping an element of the update's input."""
     targets: NonEmpty | Annotated[ListOf[NonEmpty], Field(min_length=1)] = "all-linear"

@@ -97,7 +97,7 @@ def build(
     model = _model_with_method(prepared, method, compute_dtype, isolation, checkpoint)
     untrained = untrained_tokens(model, prepared.tokenizer, prepared.template.end_of_turn_ids)
     torch.manual_seed(recipe.seed + world.rank)
-    counts = report(model)
+    counts = report(model, method)
     sharded = world.size > 1 and recipe.training.parallel == "fsdp"
     _set_for_training(model, recipe, compute_in_dtype=None if sharded and method.name == "full" else compute_dtype)
 

@@ -22,6 +22,15 @@ every_case = pytest.mark.parametrize(("architecture", "case"), CASES)
 every_section = pytest.mark.parametrize("case", SECTIONS)
 
 
+def rounding(case: str) -> float:
+    """Share of the largest logit by which a model may differ from its base that computes the same.
+
+    Full and bottleneck adapters are exact; LoRA multiplies rows as a matrix, where a BLAS may round otherwise, and
+    PiSSA's products cancel.
+    """
+    return {"full": 0.0, "adapter": 0.0, "lora": 1e-5 if case == "lora-pissa" else 1e-6}[SECTIONS[case].type]
+
+
 def test_the_table_and_the_schema_know_the_same_methods():
     union, _ = get_args(Method)
     names = {get_args(section.model_fields["type"].annotation)[0] for section in get_args(union)}
@@ -37,9 +46,7 @@ def test_the_cases_cover_the_table():
 def test_starts_as_the_base(architecture, case):
     before = logits(tiny_model(architecture))
     after = logits(applied(architecture, case))
-    # Full and bottleneck adapters are exact; LoRA multiplies rows as a matrix, where a BLAS may round otherwise.
-    tolerance = 1e-6 * before.abs().max() if case == "lora" else 0.0
-    assert (after - before).abs().max() <= tolerance
+    assert (after - before).abs().max() <= rounding(case) * before.abs().max()
 
 
 @every_case
@@ -52,6 +59,7 @@ def test_only_what_is_meant_trains_and_gets_a_gradient(architecture, case):
         "lora": {name for name, _ in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))},
         "adapter": {name for name, _ in model.named_parameters() if ".adapter." in name},
     }
+    expected["lora-pissa"] = expected["lora"]
     expected["adapter-norms"] = expected["adapter"] | norms
     assert set(trained(model)) == expected[case]
     assert all(parameter.dtype == torch.float32 for parameter in trained(model).values())
@@ -171,11 +179,11 @@ def test_every_tensor_is_gathered(case):
     def gather(tensor):
         assert not tensor.requires_grad
         seen.append(tensor)
-        return tensor + 1
+        return tensor * 2
 
     plain, whole = method_of(case).trained_state(model), method_of(case).trained_state(model, gather=gather)
-    assert len(seen) == len(whole)
-    assert all(torch.equal(plain[name] + 1, tensor) for name, tensor in whole.items())
+    assert len(seen) >= len(whole)
+    assert all(torch.equal(plain[name] * 2, tensor) for name, tensor in whole.items())
 
 
 @every_section
@@ -213,8 +221,7 @@ def test_the_base_is_there_while_disabled(architecture, case):
     base = logits(tiny_model(architecture))
     with method.disabled(model):
         inside = logits(model)
-    # LoRA again multiplies rows as a matrix.
-    assert (inside - base).abs().max() <= (1e-6 * base.abs().max() if case == "lora" else 0.0)
+    assert (inside - base).abs().max() <= rounding(case) * base.abs().max()
     with pytest.raises(RuntimeError), method.disabled(model):
         raise RuntimeError
     assert torch.equal(logits(model), tuned)
@@ -250,12 +257,15 @@ def test_report_counts(architecture, case):
     # Two adapters a block of 2md + d + m parameters.
     adapters = 2 * LAYERS * (2 * BOTTLENECK * WIDTH + WIDTH + BOTTLENECK)
     inserted = {"full": 0, "lora": sum(4 * (i + o) for i, o in shapes), "adapter": adapters, "adapter-norms": adapters}
-    trains = inserted | {"full": base, "adapter-norms": adapters + norms}
-    result = report(applied(architecture, case))
+    # What PiSSA starts from is kept beside what trains, and saved.
+    saved = inserted | {"full": base, "adapter-norms": adapters + norms, "lora-pissa": 2 * inserted["lora"]}
+    inserted["lora-pissa"] = saved["lora-pissa"]
+    trains = saved | {"lora-pissa": inserted["lora"]}
+    result = report(applied(architecture, case), method_of(case))
     assert result.trainable_parameters == trains[case]
     assert result.total_parameters == base + inserted[case]
     assert result.share == trains[case] / (base + inserted[case])
-    assert result.saved_bytes == 4 * trains[case]
+    assert result.saved_bytes == 4 * saved[case]
 
 
 def test_report_tells_precisions_apart():
@@ -273,7 +283,7 @@ def test_the_saved_size_is_nearly_that_of_the_file(case, tmp_path):
     method_of(case).save(model, SECTIONS[case], tmp_path, IDENTITY)
     (weights,) = tmp_path.glob("*.safetensors")
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
-    assert weights.stat().st_size - header == report(model).saved_bytes
+    assert weights.stat().st_size - header == report(model, method_of(case)).saved_bytes
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -284,5 +294,4 @@ def test_masters_of_a_bfloat16_base_are_float32(architecture, case):
     method_of(case).apply(model, SECTIONS[case], seed=0)
     for name, parameter in model.named_parameters():
         trains = parameter.requires_grad
-        assert parameter.dtype == (torch.float32 if trains else torch.bfloat16), name
-        assert trains or name in names
+        assert parameter.dtype == (torch.bfloat16 if name in names and not trains else torch.float32), name

@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ftkit.errors import UserError
 from ftkit.methods import lora
 from ftkit.methods.files import CONFIG_NAME, BaseIdentity
+from ftkit.methods.lora_init import INITIALISATIONS
 from ftkit.recipe.method_schema import LoraMethod
-from tests.methods.cases import logits, perturb, trained
+from tests.methods.cases import logits, loss, perturb, trained
 from tests.tiny_models import tiny_model
 
 # peft asks for a name that transformers has deprecated.
@@ -26,6 +27,7 @@ PATTERNS = {
 }
 VARIANTS = {
     "rank-stabilized": ({"rank_stabilized": True}, {"use_rslora": True}),
+    "gaussian": ({"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
     "patterns": ({}, {}),
     "patterns, rank-stabilized": ({"rank_stabilized": True}, {"use_rslora": True}),
 }
@@ -150,3 +152,123 @@ def test_merged_equals_adapted(variant, architecture):
             weight = merged.get_parameter(name)
             weight.add_(delta(weight))
     assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------ initial values
+
+PISSA = ["pissa", "patterns, pissa", "patterns, rank-stabilized, pissa"]
+
+
+def pissa_section(architecture: str, variant: str) -> LoraMethod:
+    keys = {"init": "pissa", "rank_stabilized": "stabilized" in variant, "dropout": 0.1}
+    return LoraMethod(type="lora", rank=4, alpha=7.0, **patterns_of(variant, architecture), **keys)
+
+
+def pissa_model(architecture: str, variant: str, *, trained: bool = True):
+    model = tiny_model(architecture)
+    lora.apply(model, pissa_section(architecture, variant), seed=1)
+    if trained:
+        perturb(model)
+    return model
+
+
+def test_gaussian_has_pefts_spread():
+    """200,000 numbers of standard deviation 1 / rank: within 5 standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    a_RI, b_OR = INITIALISATIONS["gaussian"](torch.empty(8, 25_000), 8, 1.0, generator)
+    assert abs(a_RI.std() - 1 / 8) < 5 / 8 / (2 * a_RI.numel()) ** 0.5
+    assert abs(a_RI.mean()) < 5 / 8 / a_RI.numel() ** 0.5
+    assert b_OR.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (200, 300)])
+def test_pissa_starts_from_the_largest_singular_components(shape):
+    """The best approximation of its rank (Eckart and Young): its error is the singular values left out."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) @ torch.diag(0.9 ** torch.arange(shape[1]))
+    before = torch.get_rng_state()
+    a_RI, b_OR = INITIALISATIONS["pissa"](weight, 4, 1.75, torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator was drawn from"
+    left_out = torch.linalg.svdvals(weight)[4:].norm()
+    assert (weight - 1.75 * b_OR @ a_RI).norm() <= 1.001 * left_out
+    assert a_RI.is_contiguous()
+    torch.testing.assert_close(a_RI.norm(dim=1), b_OR.norm(dim=0))
+
+
+@both
+@pytest.mark.parametrize("variant", PISSA)
+def test_pissa_starts_as_the_base_and_keeps_its_weights(variant, architecture):
+    base, model = tiny_model(architecture), pissa_model(architecture, variant, trained=False)
+    assert (logits(model) - logits(base)).abs().max() <= 1e-5
+    for name, parameter in base.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+    loss(model).backward()
+    for name, parameter in trained(model).items():
+        assert name.endswith((".lora_A", ".lora_B"))
+        assert parameter.grad.count_nonzero() > 0, "both factors move from the first step on"
+
+
+@both
+@pytest.mark.parametrize("variant", PISSA)
+def test_pissa_is_saved_as_a_lora_of_the_base_as_it_is(variant, architecture, tmp_path):
+    model = pissa_model(architecture, variant)
+    lora.save(model, pissa_section(architecture, variant), tmp_path, BaseIdentity("org/base"))
+    theirs = PeftModel.from_pretrained(tiny_model(architecture), tmp_path)
+    assert (logits(theirs) - logits(model)).abs().max() <= 1e-5
+    assert (logits(model) - logits(tiny_model(architecture))).abs().max() > 0.1
+    # Without ftkit's own file, as another tool hands it on, it is that plain LoRA.
+    (tmp_path / "ftkit.json").unlink()
+    plain = tiny_model(architecture)
+    assert lora.load(plain, tmp_path).rank == 8
+    assert (logits(plain) - logits(model)).abs().max() <= 1e-5
+
+
+@both
+@pytest.mark.parametrize("variant", PISSA)
+def test_pissa_goes_on_where_it_was_saved(variant, architecture, tmp_path):
+    """The same section, the same bits of A, B, A0 and B0, and so of every gradient."""
+    section, model = pissa_section(architecture, variant), pissa_model(architecture, variant)
+    lora.save(model, section, tmp_path, BaseIdentity("org/base"))
+    again = tiny_model(architecture)
+    assert lora.load(again, tmp_path) == section
+    ours = dict(model.named_parameters())
+    assert dict(again.named_parameters()).keys() == ours.keys()
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, ours[name]), name
+        assert parameter.requires_grad == ours[name].requires_grad
+    lora.save(again, section, tmp_path / "again", BaseIdentity("org/base"))
+    weights = [path.read_bytes() for path in sorted(tmp_path.rglob("*.safetensors"))]
+    assert weights[0] == weights[1]
+
+
+@both
+def test_pissa_merges(architecture):
+    variant = "patterns, rank-stabilized, pissa"
+    model, merged = pissa_model(architecture, variant), tiny_model(architecture)
+    with torch.no_grad():
+        for name, delta in lora.deltas(merged, lora.trained_state(model), pissa_section(architecture, variant)):
+            weight = merged.get_parameter(name)
+            weight.add_(delta(weight))
+    assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights of the model:UserWarning")
+def test_we_load_a_pissa_that_peft_converted(tmp_path):
+    """peft writes plain LoRA files of one where it is told which adapter it started from."""
+    theirs = get_peft_model(
+        tiny_model("llama"), LoraConfig(r=4, lora_alpha=7, target_modules="all-linear", init_lora_weights="pissa")
+    )
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = tiny_model("llama")
+    assert lora.load(ours, tmp_path / "converted").rank == 8
+    assert (logits(ours) - logits(theirs)).abs().max() <= 1e-5
+
+
+def test_more_components_than_a_weight_has_are_refused():
+    section = LoraMethod(type="lora", rank=33, init="pissa", targets=("q_proj",))
+    with pytest.raises(UserError, match="a weight of 32 x 32 has no 33 singular components") as caught:
+        lora.apply(tiny_model("llama"), section, seed=0)
+    assert caught.value.problems[0].key == ("method", "rank")
