@@ -135,6 +135,11 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: Adapter
     raise AssertionError(merge_refusal)
 
 
+def learning_rate_factor(name: str, section: AdapterMethod) -> float:
+    """All learn at the same rate."""
+    return 1.0
+
+
 def keeps_base(section: AdapterMethod) -> bool:
     """Yes, unless the base's norms train."""
     return not section.train_norms

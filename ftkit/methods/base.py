@@ -87,6 +87,9 @@ class Method(Protocol):
         Repeating a computation on the same machine gives the same bits. Not to be called where `merge_refusal` is set.
         """
 
+    def learning_rate_factor(self, name: str, section: Any) -> float:
+        """What the learning rate of the trained parameter `name` of the model is multiplied by."""
+
     def keeps_base(self, section: Any) -> bool:
         """Whether the base's own weights stay as they are, so that `disabled(model)` computes the base model."""
 

@@ -73,6 +73,11 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: FullMet
     raise AssertionError(merge_refusal)
 
 
+def learning_rate_factor(name: str, section: FullMethod) -> float:
+    """All learn at the same rate."""
+    return 1.0
+
+
 def keeps_base(section: FullMethod) -> bool:
     """No: the base is what trains."""
     return False

@@ -104,6 +104,11 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMet
         yield f"{path}.weight", _delta(state, path, _scale(section, path), isinstance(module, Conv1D))
 
 
+def learning_rate_factor(name: str, section: LoraMethod) -> float:
+    """B learns `learning_rate_ratio` times as fast as everything else (LoRA+)."""
+    return section.learning_rate_ratio if name.endswith(".lora_B") else 1.0
+
+
 def keeps_base(section: LoraMethod) -> bool:
     """Yes: nothing of the base trains."""
     return True

@@ -116,7 +116,9 @@ def build(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     # 4. Optimizer, the state of the checkpoint, and how the next ones are written.
-    optimizer = make_optimizer(parameters, recipe.training)
+    optimizer = make_optimizer(
+        parameters, recipe.training, lambda name: method.learning_rate_factor(name, recipe.method)
+    )
     state = LoopState.fresh(len(plan.dataset_names))
     if checkpoint is not None:
         state = _restore(checkpoint, optimizer, parameters, world)
