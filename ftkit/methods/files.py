@@ -31,7 +31,7 @@ LORA, BOTTLENECK = "LORA", "FTKIT_BOTTLENECK"
 _TRAINED_AS = "method"
 """Key of ftkit.json."""
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
-_READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern"}
+_READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"}
 # Neither changes what the saved weights compute: where they go is told by their own names.
 _WITHOUT_EFFECT = {"task_type", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "layers_pattern"}
 _WITHOUT_EFFECT |= {"layers_to_transform", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"}
@@ -162,6 +162,7 @@ def lora_config(section: LoraMethod, targets: Sequence[str], *, fan_in_fan_out: 
         "rank_pattern": section.rank_pattern,
         "alpha_pattern": {name: _plain_number(alpha) for name, alpha in section.alpha_pattern.items()},
         "use_rslora": section.rank_stabilized,
+        "use_dora": section.dora,
         "lora_dropout": section.dropout,
         "target_modules": list(targets),
         "fan_in_fan_out": fan_in_fan_out,
@@ -191,7 +192,7 @@ def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
     values |= {"dropout": config.get("lora_dropout", 0.0), "targets": _names(targets), "exclude": _names(exclude)}
     values |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     values["init"] = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
-    values["rank_stabilized"] = config.get("use_rslora") or False
+    values |= {"rank_stabilized": config.get("use_rslora") or False, "dora": config.get("use_dora") or False}
     try:
         return LoraMethod.model_validate(values)
     except ValidationError as error:

@@ -12,9 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
 from ftkit.methods.base import ComputeDelta, Delta, Gather, check_fits, freeze, gathered, seeded_generator
+from ftkit.methods.dora import gains, row_norms
 from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, trained_as, write_adapter
 from ftkit.methods.lora_init import INITIALISATIONS, zeros
-from ftkit.methods.lora_layer import LoraLayer, insert_lora, weight_OI
+from ftkit.methods.lora_layer import LoraLayer, insert_lora, stacked, weight_OI
 from ftkit.methods.targets import check_patterns, matching_value, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
 from ftkit.recipe.method_schema import LoraMethod
@@ -22,7 +23,7 @@ from ftkit.recipe.method_schema import LoraMethod
 name = "lora"
 merge_refusal: str | None = None
 
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 """peft's names in the file: base_model.model.PATH.lora_A.weight."""
 
 
@@ -35,21 +36,23 @@ def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
-    """A and B of every layer, under peft's names; of a PiSSA [A; A0] and [B, -B0], a plain LoRA of twice the rank."""
+    """A and B of every layer, under peft's names, and with DoRA the lengths of its rows.
+
+    Of a PiSSA [A; A0] and [B, -B0], a plain LoRA of twice the rank.
+    """
     state: dict[str, Tensor] = {}
     for path, layer in _layers(model):
-        a_RI, b_OR = gathered({"A": layer.lora_A, "B": layer.lora_B}, gather).values()
-        if layer.lora_A0 is not None and layer.lora_B0 is not None:
-            start_a_RI, start_b_OR = gathered({"A0": layer.lora_A0, "B0": layer.lora_B0}, gather).values()
-            # A process that does not write gathers tensors without dimensions.
-            a_RI, b_OR = torch.cat([a_RI, start_a_RI]), torch.cat([b_OR, -start_b_OR], dim=b_OR.ndim - 1)
+        whole = gathered({name: p for name, p in layer.named_parameters() if name.startswith("lora_")}, gather)
+        a_RI, b_OR = stacked(whole["lora_A"], whole["lora_B"], whole.get("lora_A0"), whole.get("lora_B0"))
         state |= {f"{PREFIX}{path}{A}": a_RI, f"{PREFIX}{path}{B}": b_OR}
+        if "lora_magnitude" in whole:
+            state[f"{PREFIX}{path}{MAGNITUDE}"] = whole["lora_magnitude"]
     return state
 
 
 @torch.no_grad()
 def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Copy A and B back."""
+    """Copy A and B, and lengths, back."""
     check_fits(trained_state(model), state)
     for path, layer in _layers(model):
         a_RI, b_OR, rank = state[f"{PREFIX}{path}{A}"], state[f"{PREFIX}{path}{B}"], layer.lora_A.shape[0]
@@ -58,6 +61,8 @@ def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
         if layer.lora_A0 is not None and layer.lora_B0 is not None:
             layer.lora_A0.copy_(a_RI[rank:])
             layer.lora_B0.copy_(-b_OR[:, rank:])
+        if layer.lora_magnitude is not None:
+            layer.lora_magnitude.copy_(state[f"{PREFIX}{path}{MAGNITUDE}"])
 
 
 def save(
@@ -97,11 +102,14 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
 
 
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[Delta]:
-    """scale * B A for every adapted weight, in the order of `state`."""
+    """What every adapted weight gains, in the order of `state`."""
     for path in adapted_paths(state):
         module = model.get_submodule(path)
         assert is_linear(module), path
-        yield f"{path}.weight", _delta(state, path, _scale(section, path), isinstance(module, Conv1D))
+        a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
+        assert a_RI is not None, path
+        assert b_OR is not None, path
+        yield f"{path}.weight", _delta(a_RI, b_OR, magnitude_O, _scale(section, path), isinstance(module, Conv1D))
 
 
 def learning_rate_factor(name: str, section: LoraMethod) -> float:
@@ -129,9 +137,9 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 
 
 def adapted_paths(state: Iterable[str]) -> list[str]:
-    """Paths of the layers that have an A or a B among the names of a saved state."""
+    """Paths of the layers that have weights of LoRA among the names of a saved state."""
     names = (key.removeprefix(PREFIX) for key in state)
-    return list(dict.fromkeys(key.removesuffix(A).removesuffix(B) for key in names))
+    return list(dict.fromkeys(key.removesuffix(A).removesuffix(B).removesuffix(MAGNITUDE) for key in names))
 
 
 def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: LoraMethod, *, seed: int | None) -> None:
@@ -145,7 +153,11 @@ def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: Lo
         else:
             factors = INITIALISATIONS[section.init](weight, rank, scale, seeded_generator(seed, path))
         start = (factors[0].clone(), factors[1].clone()) if section.init == "pissa" else None
-        insert_lora(module, factors, scale=scale, dropout=section.dropout, start=start)
+        magnitude = None
+        if section.dora:
+            a_RI, b_OR = stacked(*factors, *(start or (None, None)))
+            magnitude = row_norms(weight, a_RI.to(weight.device), b_OR.to(weight.device), scale)
+        insert_lora(module, factors, scale=scale, dropout=section.dropout, start=start, magnitude=magnitude)
 
 
 def _rank(section: LoraMethod, path: str) -> int:
@@ -164,10 +176,15 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
             yield path, module
 
 
-def _delta(state: Mapping[str, Tensor], path: str, scale: float, transposed: bool) -> ComputeDelta:
+def _delta(a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None, scale: float, transposed: bool) -> ComputeDelta:
     def compute(weight: Tensor) -> Tensor:
         # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
-        delta_OI = (state[f"{PREFIX}{path}{B}"].float() @ state[f"{PREFIX}{path}{A}"].float()) * scale
+        delta_OI = (b_OR.float() @ a_RI.float()) * scale
+        if magnitude_O is not None:
+            weight_OI = weight.t() if transposed else weight
+            tuned_OI = weight_OI + delta_OI
+            gains_O = gains(magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
+            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
         return delta_OI.t() if transposed else delta_OI
 
     return compute

@@ -7,6 +7,9 @@ rest is never formed: W stays as it is, and scale * x A0^T B0^T is taken off bes
 bfloat16, whose rounding would hit the rest; the base is still there to be compared with and merged into; and what is
 saved, [A; A0] and [B, -B0], is exactly what was trained. It costs two more products of rank R.
 
+DoRA multiplies every output by a trained gain before the bias is added, see `methods/dora.py`; dropout stays on the
+update's input alone.
+
 Shape suffixes: N tokens, I input width, O output width, R rank.
 """
 
@@ -18,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ftkit.methods.dora import gains, row_norms
 from ftkit.methods.lora_init import Factors
 from ftkit.models.architecture import linear_shape
 
@@ -106,6 +110,8 @@ class LoraLinear(nn.Linear):
     lora_A0: nn.Parameter | None
     """Frozen copy of what A was at the start, where B0 A0 is taken off the weight (PiSSA); else None."""
     lora_B0: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    """Length of every row of the weight (DoRA), [O]; else None."""
     lora_scale: float
     """What B A is multiplied by."""
     lora_dropout: float
@@ -123,6 +129,7 @@ class LoraConv1D(Conv1D):
     lora_B: nn.Parameter
     lora_A0: nn.Parameter | None
     lora_B0: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
     lora_scale: float
     lora_dropout: float
     lora_enabled: bool
@@ -144,10 +151,24 @@ def _forward(layer: LoraLayer, x: Tensor, *, transposed: bool) -> Tensor:
         # A draw in bool: bfloat16 random numbers are multiples of 1/256 and would miss the probability.
         keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(kept_share)
     factors = layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0
+    magnitude = layer.lora_magnitude
+    bias = layer.bias if magnitude is None else None
     output: Tensor = LowRankLinear.apply(
-        x, layer.weight, layer.bias, *factors, keep, layer.lora_scale, kept_share, transposed
+        x, layer.weight, bias, *factors, keep, layer.lora_scale, kept_share, transposed
     )
-    return output
+    if magnitude is None:
+        return output
+    norms = row_norms(weight_OI(layer), *stacked(*factors), layer.lora_scale)
+    output = output * gains(magnitude, norms).to(x.dtype)
+    return output if layer.bias is None else output + layer.bias.to(x.dtype)
+
+
+def stacked(a_RI: Tensor, b_OR: Tensor, start_a_RI: Tensor | None, start_b_OR: Tensor | None) -> Factors:
+    """The update as a product of two factors: B A as it is, and B A - B0 A0 as [B, -B0] [A; A0]."""
+    if start_a_RI is None or start_b_OR is None:
+        return a_RI, b_OR
+    # A process that does not write a checkpoint has empty tensors without dimensions here.
+    return torch.cat([a_RI, start_a_RI]), torch.cat([b_OR, -start_b_OR], dim=b_OR.ndim - 1)
 
 
 def weight_OI(module: nn.Module) -> Tensor:
@@ -157,7 +178,13 @@ def weight_OI(module: nn.Module) -> Tensor:
 
 
 def insert_lora(
-    module: nn.Module, factors: Factors, *, scale: float, dropout: float, start: Factors | None = None
+    module: nn.Module,
+    factors: Factors,
+    *,
+    scale: float,
+    dropout: float,
+    start: Factors | None = None,
+    magnitude: Tensor | None = None,
 ) -> LoraLayer:
     """Turn a linear layer into a LoRA layer.
 
@@ -168,6 +195,7 @@ def insert_lora(
     Args:
         factors: what A and B start from.
         start: A0 and B0, where scale * B0 A0 is to be taken off the weight.
+        magnitude: lengths of the weight's rows [O], where they are to train by themselves.
     """
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
@@ -181,5 +209,7 @@ def insert_lora(
     for name, frozen in zip(("lora_A0", "lora_B0"), start or (None, None), strict=True):
         kept = None if frozen is None else nn.Parameter(frozen.to(weight.device), requires_grad=False)
         module.register_parameter(name, kept)
+    lengths = None if magnitude is None else nn.Parameter(magnitude.to(weight.device))
+    module.register_parameter("lora_magnitude", lengths)
     module.lora_scale, module.lora_dropout, module.lora_enabled = scale, dropout, True
     return module

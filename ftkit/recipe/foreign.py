@@ -183,6 +183,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "peft_use_rslora": Alias("method.rank_stabilized"),
     "init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
     "peft_init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
+    "use_dora": Alias("method.dora"),
+    "peft_use_dora": Alias("method.dora"),
     "loraplus_lr_ratio": Alias("method.learning_rate_ratio"),
     "pissa_init": Alias("method.init", _choices({True: "pissa", False: "kaiming"})),
     "bottleneck_size": Alias("method.bottleneck"),
@@ -285,7 +287,7 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_VOCABULARY, "special_tokens tokens add_tokens add_special_tokens resize_vocab eos_token pad_token"),
     **_group(_VOCABULARY, "resize_token_embeddings_to_32x"),
     **_group(_TOKENIZER, "tokenizer_type tokenizer_config tokenizer_name tokenizer_name_or_path use_fast_tokenizer"),
-    **_group(_LORA_VARIANT, "use_dora peft_use_dora loftq_config lora_bias bias"),
+    **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),
     **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
     **_group(_ADAPTER_START, "adapter_name_or_path lora_model_dir"),
     **_group(_SAVED_MODULES, "additional_target lora_modules_to_save trainable_token_indices"),
@@ -333,7 +335,8 @@ _8BIT = "write adamw; its state takes 8 bytes a trained parameter"
 LATER_VALUES: dict[str, dict[Any, str]] = {
     "method.type": {
         "qlora": "write lora, with model.dtype: bfloat16",
-        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "dora", "oft", "freeze"), "write lora"),
+        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "oft", "freeze"), "write lora"),
+        "dora": "write lora, and set method.dora: true",
     },
     "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
     "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),

@@ -34,6 +34,9 @@ class LoraMethod(Section):
     init: Literal["kaiming", "gaussian", "pissa"] = "kaiming"
     """What A starts from while B is zero: Kaiming-uniform, or normal; pissa: A and B from the weight's largest singular
     components, which are taken off it (Meng et al. 2024, https://arxiv.org/abs/2404.02948)."""
+    dora: bool = False
+    """Train the lengths of the weights' rows by themselves, and only their direction by low-rank updates (DoRA, Liu et
+    al. 2024, https://arxiv.org/abs/2402.09353)."""
     learning_rate_ratio: PositiveFloat = 1.0
     """The learning rate of B is so many times `training.learning_rate`, that of A (LoRA+, Hayou et al. 2024,
     https://arxiv.org/abs/2402.12354, who find 16 good at a smaller base rate)."""

@@ -1,18 +1,22 @@
-"""Whole runs with LoRA's variants: they learn, and go on from a checkpoint in the same bits."""
+"""Whole runs with LoRA's variants: they learn, go on from a checkpoint in the same bits, and merge."""
+
+import json
 
 import pytest
 
+from ftkit.commands.merge import merge
 from ftkit.commands.train import train
 from tests.tiny_runs import losses, result_hash, write_recipe
 
 VARIANTS = {
     "lora+": ["method.learning_rate_ratio=4"],
+    "dora": ["method.dora=true", "method.dropout=0.1"],
     "pissa": ["method.init=pissa", "method.dropout=0.1"],
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_learns_and_goes_on_in_the_same_bits(variant, tmp_path, monkeypatch):
+def test_a_variant_learns_goes_on_in_the_same_bits_and_merges(variant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe, run = (
         write_recipe(tmp_path, max_steps=12, eval_steps=6, global_batch_size=8),
@@ -24,6 +28,9 @@ def test_a_variant_learns_and_goes_on_in_the_same_bits(variant, tmp_path, monkey
     train(recipe, VARIANTS[variant], checkpoint=run / "checkpoints" / "step-00000006")
     assert losses(run) == values
     assert result_hash(run) == before
+    # The proof fails with an error.
+    merge([str(run)])
+    assert json.loads((run / "merged" / "merge_report.json").read_text())["tensors_changed"] > 0
 
 
 def test_a_ratio_changes_what_is_learned(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ SECTIONS: dict[str, Section] = {
     "full": FullMethod(type="full"),
     "lora": LoraMethod(type="lora", rank=4, alpha=7.0),
     "lora-pissa": LoraMethod(type="lora", rank=4, alpha=7.0, init="pissa"),
+    "lora-dora": LoraMethod(type="lora", rank=4, alpha=7.0, dora=True),
     "adapter": AdapterMethod(type="adapter", bottleneck=6),
     "adapter-norms": AdapterMethod(type="adapter", bottleneck=6, non_linearity="tanh", train_norms=True),
 }

@@ -60,6 +60,9 @@ def test_only_what_is_meant_trains_and_gets_a_gradient(architecture, case):
         "adapter": {name for name, _ in model.named_parameters() if ".adapter." in name},
     }
     expected["lora-pissa"] = expected["lora"]
+    expected["lora-dora"] = expected["lora"] | {
+        name for name, _ in model.named_parameters() if name.endswith(".lora_magnitude")
+    }
     expected["adapter-norms"] = expected["adapter"] | norms
     assert set(trained(model)) == expected[case]
     assert all(parameter.dtype == torch.float32 for parameter in trained(model).values())
@@ -257,6 +260,8 @@ def test_report_counts(architecture, case):
     # Two adapters a block of 2md + d + m parameters.
     adapters = 2 * LAYERS * (2 * BOTTLENECK * WIDTH + WIDTH + BOTTLENECK)
     inserted = {"full": 0, "lora": sum(4 * (i + o) for i, o in shapes), "adapter": adapters, "adapter-norms": adapters}
+    # A length for every row.
+    inserted["lora-dora"] = inserted["lora"] + sum(o for _, o in shapes)
     # What PiSSA starts from is kept beside what trains, and saved.
     saved = inserted | {"full": base, "adapter-norms": adapters + norms, "lora-pissa": 2 * inserted["lora"]}
     inserted["lora-pissa"] = saved["lora-pissa"]

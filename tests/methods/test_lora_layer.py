@@ -202,17 +202,17 @@ def test_no_cast_of_a_weight_is_saved():
     assert len(pointers) == 5
 
 
-class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
     """Collects the shapes of everything that is computed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shapes: set[tuple[int, ...]] = set()
+        self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and not func.is_view:
-            self.shapes.add(tuple(result.shape))
+            self.shapes.append(tuple(result.shape))
         return result
 
 
@@ -222,7 +222,7 @@ class _Sizes(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_product_of_the_weights_size(kind, dropout, start):
     """The update B A is never formed, forward or backward, nor a gradient of the base weight, nor W - B0 A0."""
     lora, x = layer(kind, dropout=dropout, start=start), random_input(50)
-    with _Sizes() as seen:
+    with Sizes() as seen:
         lora(x).sum().backward()
     assert (OUT, IN) not in seen.shapes
     assert (IN, OUT) not in seen.shapes
@@ -231,7 +231,7 @@ def test_no_product_of_the_weights_size(kind, dropout, start):
 
 def test_no_gradient_to_an_input_that_needs_none():
     lora, x = layer("linear"), random_input(50).detach()
-    with _Sizes() as seen:
+    with Sizes() as seen:
         lora(x).sum().backward()
     assert (50, IN) not in seen.shapes
     assert lora.lora_A.grad is not None

@@ -28,7 +28,12 @@ PATTERNS = {
 VARIANTS = {
     "rank-stabilized": ({"rank_stabilized": True}, {"use_rslora": True}),
     "gaussian": ({"init": "gaussian"}, {"init_lora_weights": "gaussian"}),
+    "dora": ({"dora": True}, {"use_dora": True}),
     "patterns": ({}, {}),
+    "patterns, rank-stabilized, dora": (
+        {"rank_stabilized": True, "dora": True},
+        {"use_rslora": True, "use_dora": True},
+    ),
     "patterns, rank-stabilized": ({"rank_stabilized": True}, {"use_rslora": True}),
 }
 """Name -> keys of the section, keys of peft's configuration; besides PATTERNS where the name says so."""
@@ -156,11 +161,11 @@ def test_merged_equals_adapted(variant, architecture):
 
 # ------------------------------------------------------------------------------------------------ initial values
 
-PISSA = ["pissa", "patterns, pissa", "patterns, rank-stabilized, pissa"]
+PISSA = ["pissa", "patterns, pissa", "patterns, rank-stabilized, pissa", "dora, pissa"]
 
 
 def pissa_section(architecture: str, variant: str) -> LoraMethod:
-    keys = {"init": "pissa", "rank_stabilized": "stabilized" in variant, "dropout": 0.1}
+    keys = {"init": "pissa", "rank_stabilized": "stabilized" in variant, "dora": "dora" in variant}
     return LoraMethod(type="lora", rank=4, alpha=7.0, **patterns_of(variant, architecture), **keys)
 
 
@@ -203,7 +208,7 @@ def test_pissa_starts_as_the_base_and_keeps_its_weights(variant, architecture):
         assert torch.equal(model.get_parameter(name), parameter)
     loss(model).backward()
     for name, parameter in trained(model).items():
-        assert name.endswith((".lora_A", ".lora_B"))
+        assert name.endswith((".lora_A", ".lora_B", ".lora_magnitude"))
         assert parameter.grad.count_nonzero() > 0, "both factors move from the first step on"
 
 
@@ -241,8 +246,8 @@ def test_pissa_goes_on_where_it_was_saved(variant, architecture, tmp_path):
 
 
 @both
-def test_pissa_merges(architecture):
-    variant = "patterns, rank-stabilized, pissa"
+@pytest.mark.parametrize("variant", PISSA)
+def test_pissa_merges(variant, architecture):
     model, merged = pissa_model(architecture, variant), tiny_model(architecture)
     with torch.no_grad():
         for name, delta in lora.deltas(merged, lora.trained_state(model), pissa_section(architecture, variant)):
