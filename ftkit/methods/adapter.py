@@ -140,6 +140,11 @@ def learning_rate_factor(name: str, section: AdapterMethod) -> float:
     return 1.0
 
 
+def notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """None."""
+    return ()
+
+
 def keeps_base(section: AdapterMethod) -> bool:
     """Yes, unless the base's norms train."""
     return not section.train_norms

@@ -28,6 +28,22 @@ Delta = tuple[str, ComputeDelta]
 """Name of a base weight, and what to add to it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """The `ComputeDelta` of a weight that trained in full: merging puts `tuned` in its place."""
+
+    tuned: Tensor
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The difference, up to rounding; see `merged_weight`."""
+        return self.tuned.float() - weight
+
+
+def merged_weight(weight: Tensor, delta: ComputeDelta) -> Tensor:
+    """The weight after merging, float32. A replaced one is the tuned one bit for bit, as W + (W' - W) need not be."""
+    return delta.tuned.float() if isinstance(delta, Replacement) else weight + delta(weight)
+
+
 class Method(Protocol):
     """One way to train. The functions of a method's module have these signatures; `section` is its recipe section."""
 
@@ -84,11 +100,15 @@ class Method(Protocol):
     def deltas(self, model: PreTrainedModel, state: Mapping[str, Tensor], section: Any) -> Iterator[Delta]:
         """What merging adds to which base weight; `model` tells the layout and may be on the meta device.
 
+        A tied weight comes under all of its names, with the same object. What trained in full is a `Replacement`.
         Repeating a computation on the same machine gives the same bits. Not to be called where `merge_refusal` is set.
         """
 
     def learning_rate_factor(self, name: str, section: Any) -> float:
         """What the learning rate of the trained parameter `name` of the model is multiplied by."""
+
+    def notes(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """What the user should know of what trains, beside the numbers."""
 
     def keeps_base(self, section: Any) -> bool:
         """Whether the base's own weights stay as they are, so that `disabled(model)` computes the base model."""

@@ -32,10 +32,11 @@ _TRAINED_AS = "method"
 """Key of ftkit.json."""
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
 _READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"}
+_READ |= {"modules_to_save"}
 # Neither changes what the saved weights compute: where they go is told by their own names.
 _WITHOUT_EFFECT = {"task_type", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "layers_pattern"}
 _WITHOUT_EFFECT |= {"layers_to_transform", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"}
-_WITHOUT_EFFECT |= {"runtime_config"}
+_WITHOUT_EFFECT |= {"runtime_config", "ensure_weight_tying"}
 _BASE_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that start from the base as it is; pissa, olora, corda ... change its weights."""
 
@@ -97,8 +98,13 @@ def write_adapter(
     own: dict[str, Any] = {"ftkit_version": _version(), **known, "base_dtype": precision}
     own |= {_TRAINED_AS: trained_as.model_dump(mode="json")} if trained_as is not None else {}
     _write_json(directory / IDENTITY_NAME, own)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        on_cpu = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses one tensor under two names, as tied weights have them.
+        twice = any(on_cpu.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = on_cpu.clone() if twice else on_cpu
     # safetensors orders tensors itself, but not metadata: a second entry would make the bytes differ.
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
@@ -168,7 +174,6 @@ def lora_config(section: LoraMethod, targets: Sequence[str], *, fan_in_fan_out: 
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
         "init_lora_weights": initial,
-        "modules_to_save": None,
         "inference_mode": True,
     }
 
@@ -191,6 +196,7 @@ def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
     values = {"type": "lora", "rank": config.get("r"), "alpha": config.get("lora_alpha")}
     values |= {"dropout": config.get("lora_dropout", 0.0), "targets": _names(targets), "exclude": _names(exclude)}
     values |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    values["modules_to_save"] = tuple(config.get("modules_to_save") or ())
     values["init"] = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
     values |= {"rank_stabilized": config.get("use_rslora") or False, "dora": config.get("use_dora") or False}
     try:

@@ -78,6 +78,11 @@ def learning_rate_factor(name: str, section: FullMethod) -> float:
     return 1.0
 
 
+def notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """None."""
+    return ()
+
+
 def keeps_base(section: FullMethod) -> bool:
     """No: the base is what trains."""
     return False

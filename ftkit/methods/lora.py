@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,28 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
-from ftkit.methods.base import ComputeDelta, Delta, Gather, check_fits, freeze, gathered, seeded_generator
+from ftkit.methods.base import (
+    ComputeDelta,
+    Delta,
+    Gather,
+    Replacement,
+    check_fits,
+    freeze,
+    gathered,
+    seeded_generator,
+)
 from ftkit.methods.dora import gains, row_norms
 from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, trained_as, write_adapter
 from ftkit.methods.lora_init import INITIALISATIONS, zeros
 from ftkit.methods.lora_layer import LoraLayer, insert_lora, stacked, weight_OI
+from ftkit.methods.saved_modules import (
+    check_ties,
+    paths_for_peft,
+    saved_names,
+    saved_parameters,
+    tied_names,
+    train_modules,
+)
 from ftkit.methods.targets import check_patterns, matching_value, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
 from ftkit.recipe.method_schema import LoraMethod
@@ -36,7 +54,7 @@ def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
-    """A and B of every layer, under peft's names, and with DoRA the lengths of its rows.
+    """A and B of every layer, under peft's names, with DoRA the lengths of its rows, and the modules trained in full.
 
     Of a PiSSA [A; A0] and [B, -B0], a plain LoRA of twice the rank.
     """
@@ -47,13 +65,18 @@ def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> di
         state |= {f"{PREFIX}{path}{A}": a_RI, f"{PREFIX}{path}{B}": b_OR}
         if "lora_magnitude" in whole:
             state[f"{PREFIX}{path}{MAGNITUDE}"] = whole["lora_magnitude"]
-    return state
+    saved = saved_parameters(model)
+    once = gathered({str(id(parameter)): parameter for parameter in saved.values()}, gather)
+    return state | {f"{PREFIX}{name}": once[str(id(parameter))] for name, parameter in saved.items()}
 
 
 @torch.no_grad()
 def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Copy A and B, and lengths, back."""
+    """Copy A and B, lengths, and the modules trained in full back."""
+    check_ties(model, state, prefix=PREFIX)
     check_fits(trained_state(model), state)
+    for name, parameter in saved_parameters(model).items():
+        parameter.copy_(state[f"{PREFIX}{name}"])
     for path, layer in _layers(model):
         a_RI, b_OR, rank = state[f"{PREFIX}{path}{A}"], state[f"{PREFIX}{path}{B}"], layer.lora_A.shape[0]
         layer.lora_A.copy_(a_RI[:rank])
@@ -77,16 +100,18 @@ def save(
     layers = dict(_layers(model))
     transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
     config = lora_config(section, shortest_names(model, layers), fan_in_fan_out=transposed)
+    # Without the flag peft warns that training would cut the tie; the file holds both names.
+    config |= {"modules_to_save": saved_names(model) or None, "ensure_weight_tying": bool(tied_names(model))}
     state = trained_state(model) if state is None else state
     # What peft reads is a plain LoRA of twice the rank; to go on training it takes to know which half is frozen.
     frozen_half = section if section.init == "pissa" else None
-    write_adapter(directory, config, state, identity, base_dtype=model.dtype, trained_as=frozen_half)
+    write_adapter(directory, config, state, identity, base_dtype=_base_dtype(model), trained_as=frozen_half)
 
 
 def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
     """Load an adapter of ftkit or peft. Which layers it adapts is told by the names of its weights."""
     config, state = read_adapter(directory, peft_type=LORA)
-    section = trained_as(directory) or lora_section(config, directory)
+    section = trained_as(directory) or _section_of_peft(model, config, directory)
     layers = linear_modules(model)
     paths = adapted_paths(state)
     unknown = sorted(set(paths) - set(layers))
@@ -102,7 +127,7 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
 
 
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[Delta]:
-    """What every adapted weight gains, in the order of `state`."""
+    """What every weight gains: those that are adapted, in the order of `state`, then those that trained in full."""
     for path in adapted_paths(state):
         module = model.get_submodule(path)
         assert is_linear(module), path
@@ -110,6 +135,10 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMet
         assert a_RI is not None, path
         assert b_OR is not None, path
         yield f"{path}.weight", _delta(a_RI, b_OR, magnitude_O, _scale(section, path), isinstance(module, Conv1D))
+    replacements: dict[int, Replacement] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (tuned := state.get(f"{PREFIX}{name}")) is not None:
+            yield name, replacements.setdefault(id(parameter), Replacement(tuned))
 
 
 def learning_rate_factor(name: str, section: LoraMethod) -> float:
@@ -117,9 +146,14 @@ def learning_rate_factor(name: str, section: LoraMethod) -> float:
     return section.learning_rate_ratio if name.endswith(".lora_B") else 1.0
 
 
+def notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Which modules train because others that they are tied to do."""
+    return tuple(f"{' and '.join(names)} are tied in this model: both train, as one" for names in tied_names(model))
+
+
 def keeps_base(section: LoraMethod) -> bool:
-    """Yes: nothing of the base trains."""
-    return True
+    """Yes, unless modules of the base train in full."""
+    return not section.modules_to_save
 
 
 @contextmanager
@@ -138,8 +172,20 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 
 def adapted_paths(state: Iterable[str]) -> list[str]:
     """Paths of the layers that have weights of LoRA among the names of a saved state."""
-    names = (key.removeprefix(PREFIX) for key in state)
-    return list(dict.fromkeys(key.removesuffix(A).removesuffix(B).removesuffix(MAGNITUDE) for key in names))
+    parts = [
+        (key.removeprefix(PREFIX), suffix) for key in state for suffix in (A, B, MAGNITUDE) if key.endswith(suffix)
+    ]
+    return list(dict.fromkeys(name.removesuffix(suffix) for name, suffix in parts))
+
+
+def _section_of_peft(model: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> LoraMethod:
+    section = lora_section(config, directory)
+    return section.model_copy(update={"modules_to_save": paths_for_peft(model, section.modules_to_save)})
+
+
+def _base_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The precision of the frozen weights; `model.dtype` is that of the first one, which may train."""
+    return next((parameter.dtype for parameter in model.parameters() if not parameter.requires_grad), model.dtype)
 
 
 def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: LoraMethod, *, seed: int | None) -> None:
@@ -158,6 +204,7 @@ def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: Lo
             a_RI, b_OR = stacked(*factors, *(start or (None, None)))
             magnitude = row_norms(weight, a_RI.to(weight.device), b_OR.to(weight.device), scale)
         insert_lora(module, factors, scale=scale, dropout=section.dropout, start=start, magnitude=magnitude)
+    train_modules(model, section.modules_to_save, layers)
 
 
 def _rank(section: LoraMethod, path: str) -> int:

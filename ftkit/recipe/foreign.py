@@ -119,7 +119,7 @@ _TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
 _ADAPTER_START = _later("merge the adapter with `ftkit merge` and name the result in base_model")
-_SAVED_MODULES = _later("leave it out, or train every weight with method.type: full")
+_SAVED_MODULES = _later("name the whole module in method.modules_to_save")
 _MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
 _SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")
 _CHECKPOINTING = _use("set training.gradient_checkpointing: true or false")
@@ -187,6 +187,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "peft_use_dora": Alias("method.dora"),
     "loraplus_lr_ratio": Alias("method.learning_rate_ratio"),
     "pissa_init": Alias("method.init", _choices({True: "pissa", False: "kaiming"})),
+    "additional_target": Alias("method.modules_to_save", _module_names),
+    "lora_modules_to_save": Alias("method.modules_to_save"),
     "bottleneck_size": Alias("method.bottleneck"),
     "num_epochs": Alias("training.num_train_epochs"),
     "epochs": Alias("training.num_train_epochs"),
@@ -234,7 +236,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "master_dtype": _later("leave it out; trained weights are float32"),
     "quantization": _QUANTIZATION,
     "init_from": _ADAPTER_START,
-    "modules_to_save": _SAVED_MODULES,
     "placement": _later("leave it out; adapters follow attention and feed-forward, as in the paper"),
     "torch_compile": _later("leave it out"),
     "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
@@ -290,8 +291,7 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),
     **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
     **_group(_ADAPTER_START, "adapter_name_or_path lora_model_dir"),
-    **_group(_SAVED_MODULES, "additional_target lora_modules_to_save trainable_token_indices"),
-    **_group(_SAVED_MODULES, "unfrozen_parameters"),
+    **_group(_SAVED_MODULES, "trainable_token_indices unfrozen_parameters"),
     **_group(_MODEL_LOADING, "model_init_kwargs low_cpu_mem_usage model_type is_llama_derived_model use_cache"),
     **_group(_SUPERVISED, "stage rl pref_beta pref_loss ref_model reward_model task_type use_peft"),
     **_group(_CHECKPOINTING, "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant"),

@@ -47,6 +47,8 @@ class LoraMethod(Section):
     matches whole module paths."""
     exclude: NonEmpty | ListOf[NonEmpty] = ()
     """Modules left out: names, or a regular expression."""
+    modules_to_save: ListOf[NonEmpty] = ()
+    """Names of modules that train in full besides, e.g. [embed_tokens, lm_head]; tied ones train together."""
 
     @field_validator("targets", "exclude")
     @classmethod

@@ -138,7 +138,7 @@ def build(
         save=save,
     )
     precision = _precision_in_words(counts, compute_dtype, reason)
-    notes = (*objective.notes, *untrained, *_notes_on_sharing(recipe, world))
+    notes = (*method.notes(model), *objective.notes, *untrained, *_notes_on_sharing(recipe, world))
     return Built(loop, state, model, method, identity, isolation, counts, precision, notes)
 
 

@@ -11,6 +11,7 @@ from tests.tiny_runs import losses, result_hash, write_recipe
 VARIANTS = {
     "lora+": ["method.learning_rate_ratio=4"],
     "dora": ["method.dora=true", "method.dropout=0.1"],
+    "modules": ["method.modules_to_save=[embed_tokens]", "method.targets=[q_proj]", "training.learning_rate=0.003"],
     "pissa": ["method.init=pissa", "method.dropout=0.1"],
 }
 

@@ -16,6 +16,8 @@ SECTIONS: dict[str, Section] = {
     "lora": LoraMethod(type="lora", rank=4, alpha=7.0),
     "lora-pissa": LoraMethod(type="lora", rank=4, alpha=7.0, init="pissa"),
     "lora-dora": LoraMethod(type="lora", rank=4, alpha=7.0, dora=True),
+    # Llama, Gemma and GPT-2 tie it to the embeddings.
+    "lora-modules": LoraMethod(type="lora", rank=4, alpha=7.0, modules_to_save=("lm_head",)),
     "adapter": AdapterMethod(type="adapter", bottleneck=6),
     "adapter-norms": AdapterMethod(type="adapter", bottleneck=6, non_linearity="tanh", train_norms=True),
 }

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from ftkit.errors import UserError
-from ftkit.methods.base import report
+from ftkit.methods.base import merged_weight, report
 from ftkit.methods.files import BaseIdentity
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import linear_modules, linear_shape, norm_modules
 from ftkit.recipe.schema import Method
 from tests.methods.cases import CASES, SECTIONS, applied, logits, loss, method_of, perturb, trained
-from tests.tiny_models import CONFIGS, tiny_model
+from tests.tiny_models import CONFIGS, VOCAB_SIZE, tiny_model
 
 IDENTITY = BaseIdentity("org/base", "abc", "sha256:0")
 WIDTH, LAYERS, BOTTLENECK = 32, 2, 6
+TIED = ("llama", "gemma3", "gpt2")
+"""Architectures whose head is their embeddings."""
 
 every_case = pytest.mark.parametrize(("architecture", "case"), CASES)
 every_section = pytest.mark.parametrize("case", SECTIONS)
@@ -29,6 +31,11 @@ def rounding(case: str) -> float:
     PiSSA's products cancel.
     """
     return {"full": 0.0, "adapter": 0.0, "lora": 1e-5 if case == "lora-pissa" else 1e-6}[SECTIONS[case].type]
+
+
+def tied_head(model) -> str:
+    """The first name of the head's weight, which may be that of the embeddings."""
+    return next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight)
 
 
 def test_the_table_and_the_schema_know_the_same_methods():
@@ -63,6 +70,7 @@ def test_only_what_is_meant_trains_and_gets_a_gradient(architecture, case):
     expected["lora-dora"] = expected["lora"] | {
         name for name, _ in model.named_parameters() if name.endswith(".lora_magnitude")
     }
+    expected["lora-modules"] = expected["lora"] | {tied_head(model)}
     expected["adapter-norms"] = expected["adapter"] | norms
     assert set(trained(model)) == expected[case]
     assert all(parameter.dtype == torch.float32 for parameter in trained(model).values())
@@ -185,7 +193,7 @@ def test_every_tensor_is_gathered(case):
         return tensor * 2
 
     plain, whole = method_of(case).trained_state(model), method_of(case).trained_state(model, gather=gather)
-    assert len(seen) >= len(whole)
+    assert len(seen) >= len({tensor.data_ptr() for tensor in whole.values()})
     assert all(torch.equal(plain[name] * 2, tensor) for name, tensor in whole.items())
 
 
@@ -219,7 +227,7 @@ def test_the_base_is_there_while_disabled(architecture, case):
     perturb(model)
     tuned = logits(model)
     if not method.keeps_base(SECTIONS[case]):
-        assert case in ("full", "adapter-norms")
+        assert case in ("full", "adapter-norms", "lora-modules")
         return
     base = logits(tiny_model(architecture))
     with method.disabled(model):
@@ -239,15 +247,16 @@ def test_merging_equals_the_adapted_model(architecture, case):
         return
     perturb(model)
     merged, changed = tiny_model(architecture), set()
-    parameters = dict(merged.named_parameters())
+    parameters = dict(merged.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, delta in method.deltas(merged, method.trained_state(model), SECTIONS[case]):
             weight = parameters[name]
             assert torch.equal(delta(weight), delta(weight))
             assert delta(weight).dtype == torch.float32
-            weight.add_(delta(weight))
+            weight.copy_(merged_weight(weight, delta))
             changed.add(name)
-    assert changed == {f"{path}.weight" for path in linear_modules(merged)}
+    replaced = {"lm_head.weight", tied_head(merged)} if case == "lora-modules" else set()
+    assert changed == {f"{path}.weight" for path in linear_modules(merged)} | replaced
     adapted = logits(model)
     assert (logits(merged) - adapted).abs().max() <= 1e-5
 
@@ -265,7 +274,11 @@ def test_report_counts(architecture, case):
     # What PiSSA starts from is kept beside what trains, and saved.
     saved = inserted | {"full": base, "adapter-norms": adapters + norms, "lora-pissa": 2 * inserted["lora"]}
     inserted["lora-pissa"] = saved["lora-pissa"]
-    trains = saved | {"lora-pissa": inserted["lora"]}
+    head = WIDTH * VOCAB_SIZE
+    trains = saved | {"lora-pissa": inserted["lora"], "lora-modules": inserted["lora"] + head}
+    inserted["lora-modules"] = inserted["lora"]
+    # A tied weight is saved under both of its names.
+    saved["lora-modules"] = trains["lora-modules"] + (head if architecture in TIED else 0)
     result = report(applied(architecture, case), method_of(case))
     assert result.trainable_parameters == trains[case]
     assert result.total_parameters == base + inserted[case]

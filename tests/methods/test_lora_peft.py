@@ -149,7 +149,6 @@ def edited(directory, **changes) -> None:
     [
         ("bias", "all"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
