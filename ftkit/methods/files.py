@@ -96,7 +96,7 @@ def write_adapter(
     known = {"base_model": identity.name, "revision": identity.revision, "base_fingerprint": identity.fingerprint}
     precision = str(base_dtype).removeprefix("torch.")
     own: dict[str, Any] = {"ftkit_version": _version(), **known, "base_dtype": precision}
-    own |= {_TRAINED_AS: trained_as.model_dump(mode="json")} if trained_as is not None else {}
+    own |= {_TRAINED_AS: trained_as.model_dump(mode="json", exclude={"init_from"})} if trained_as is not None else {}
     _write_json(directory / IDENTITY_NAME, own)
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -207,7 +207,7 @@ def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
 
 def bottleneck_config(section: AdapterMethod) -> dict[str, Any]:
     """The configuration of bottleneck adapters: the keys of their section."""
-    return {"peft_type": BOTTLENECK, **section.model_dump(exclude={"type"})}
+    return {"peft_type": BOTTLENECK, **section.model_dump(exclude={"type", "init_from"})}
 
 
 def bottleneck_section(config: Mapping[str, Any], where: Path) -> AdapterMethod:

@@ -118,7 +118,6 @@ _VOCABULARY = _later("choose a base model whose vocabulary has the tokens, or a 
 _TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
-_ADAPTER_START = _later("merge the adapter with `ftkit merge` and name the result in base_model")
 _SAVED_MODULES = _later("name the whole module in method.modules_to_save")
 _MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
 _SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")
@@ -167,6 +166,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "completion_only_loss": Alias("data.train_on", _ANSWER_ONLY),
     "enable_thinking": Alias("data.chat_template_kwargs.enable_thinking"),
     "finetuning_type": Alias("method.type"),
+    "adapter_name_or_path": Alias("method.init_from"),
+    "lora_model_dir": Alias("method.init_from"),
     "peft_type": Alias("method.type", _lower),
     "adapter": Alias("method.type", _choices({None: "full"})),
     "r": Alias("method.rank"),
@@ -235,7 +236,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     # -- later versions of ftkit
     "master_dtype": _later("leave it out; trained weights are float32"),
     "quantization": _QUANTIZATION,
-    "init_from": _ADAPTER_START,
     "placement": _later("leave it out; adapters follow attention and feed-forward, as in the paper"),
     "torch_compile": _later("leave it out"),
     "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
@@ -290,7 +290,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_TOKENIZER, "tokenizer_type tokenizer_config tokenizer_name tokenizer_name_or_path use_fast_tokenizer"),
     **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),
     **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
-    **_group(_ADAPTER_START, "adapter_name_or_path lora_model_dir"),
     **_group(_SAVED_MODULES, "trainable_token_indices unfrozen_parameters"),
     **_group(_MODEL_LOADING, "model_init_kwargs low_cpu_mem_usage model_type is_llama_derived_model use_cache"),
     **_group(_SUPERVISED, "stage rl pref_beta pref_loss ref_model reward_model task_type use_peft"),

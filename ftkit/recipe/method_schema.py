@@ -49,6 +49,8 @@ class LoraMethod(Section):
     """Modules left out: names, or a regular expression."""
     modules_to_save: ListOf[NonEmpty] = ()
     """Names of modules that train in full besides, e.g. [embed_tokens, lm_head]; tied ones train together."""
+    init_from: NonEmpty | None = None
+    """Run or LoRA directory (relative to the recipe) whose trained weights training goes on from, at step 0."""
 
     @field_validator("targets", "exclude")
     @classmethod
@@ -76,6 +78,8 @@ class AdapterMethod(Section):
     """The function f between the projections."""
     train_norms: bool = False
     """Train the model's normalisation layers too, as the paper does."""
+    init_from: NonEmpty | None = None
+    """Run or adapter directory (relative to the recipe) whose trained weights training goes on from, at step 0."""
 
 
 def _compile(pattern: str) -> None:

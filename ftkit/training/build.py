@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ftkit.console import Console, human_bytes, human_count
 from ftkit.distributed import World
 from ftkit.methods.base import Method, Report, report
-from ftkit.methods.files import BaseIdentity, check_base, identify
+from ftkit.methods.files import BaseIdentity, check_base, identify, read_identity
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import describe
 from ftkit.models.isolation import Isolation, choose_packing
@@ -25,7 +25,7 @@ from ftkit.training.checkpoint import Checkpoint, load_optimizer, load_random
 from ftkit.training.feed import Feed
 from ftkit.training.loop import Loop
 from ftkit.training.optim import make_optimizer
-from ftkit.training.prepare import Prepared, pad_id
+from ftkit.training.prepare import Prepared, apply_method, pad_id
 from ftkit.training.result import result_name
 from ftkit.training.saver import Saver
 from ftkit.training.state import LoopState
@@ -92,8 +92,11 @@ def build(
 
     # 2. Weights and what trains of them. Every rank draws dropout of its own.
     identity = identify(prepared.base)
-    if checkpoint is not None and (trained_on := recorded_base(run)) is not None:
-        check_base(checkpoint.path, trained_on, identity)
+    if checkpoint is not None:
+        if (trained_on := recorded_base(run)) is not None:
+            check_base(checkpoint.path, trained_on, identity)
+    elif prepared.init_from is not None:
+        check_base(prepared.init_from, read_identity(prepared.init_from), identity)
     model = _model_with_method(prepared, method, compute_dtype, isolation, checkpoint)
     untrained = untrained_tokens(model, prepared.tokenizer, prepared.template.end_of_turn_ids)
     torch.manual_seed(recipe.seed + world.rank)
@@ -156,7 +159,7 @@ def _model_with_method(
         attn_implementation=isolation.attn_implementation,
     )
     if checkpoint is None:
-        method.apply(model, prepared.recipe.method, seed=prepared.recipe.seed)
+        apply_method(model, prepared)
     else:
         method.load(model, checkpoint.path / result_name(method))
     return model
