@@ -41,7 +41,10 @@ class Replacement:
 
 def merged_weight(weight: Tensor, delta: ComputeDelta) -> Tensor:
     """The weight after merging, float32. A replaced one is the tuned one bit for bit, as W + (W' - W) need not be."""
-    return delta.tuned.float() if isinstance(delta, Replacement) else weight + delta(weight)
+    if isinstance(delta, Replacement):
+        # A copy: where a base stores a tied weight twice, safetensors would refuse the same tensor under two names.
+        return delta.tuned.to(torch.float32, copy=True)
+    return weight + delta(weight)
 
 
 class Method(Protocol):

@@ -51,6 +51,8 @@ MEANINGS = {
     "init_lora_weights: true": ("method.init", "kaiming"),
     "init_lora_weights: pissa_niter_4": ("method.init", "pissa"),
     "additional_target: 'embed_tokens,lm_head'": ("method.modules_to_save", ("embed_tokens", "lm_head")),
+    "adapter_name_or_path: runs/a": ("method.init_from", "runs/a"),
+    "lora_model_dir: runs/a": ("method.init_from", "runs/a"),
     "use_dora: true": ("method.dora", True),
     "loraplus_lr_ratio: 16": ("method.learning_rate_ratio", 16.0),
     "pissa_init: true": ("method.init", "pissa"),
