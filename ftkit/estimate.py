@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from ftkit.methods.base import Report, report
 from ftkit.methods.table import METHODS
 from ftkit.models.load import choose_compute_dtype
-from ftkit.training.prepare import Prepared
+from ftkit.training.prepare import Prepared, apply_method
 
 ADAMW_MOMENTS = 2
 """float32 tensors that AdamW keeps of each trained parameter."""
@@ -78,5 +78,5 @@ def _count(prepared: Prepared, device: torch.device) -> Report:
         model = AutoModelForCausalLM.from_config(
             prepared.config, dtype=dtype, trust_remote_code=prepared.base.trust_remote_code
         )
-    method.apply(model, recipe.method, seed=recipe.seed)
-    return report(model)
+    apply_method(model, prepared)
+    return report(model, method)

@@ -127,7 +127,7 @@ def merge(
             max_abs_logit=exact.max_abs_logit,
             top1_agreement=exact.top1_agreement,
             cast=cast,
-            tensors_changed=len(deltas),
+            tensors_changed=len(in_files),
             base_fingerprint=identity.fingerprint,
             adapters=(_describe(adapter_directory),),
         )
@@ -176,9 +176,10 @@ def _prove(
     base_logits = proof.compute_logits(model, prompts)
     lora.load(model, adapter_directory)
     adapted_logits = proof.compute_logits(model, prompts)
-    with lora.disabled(model):
-        proof.fold(model, deltas)
-        exact = proof.compare(adapted_logits, proof.compute_logits(model, prompts))
+    # Anew, since modules that train in full are gone from a model with its adapter.
+    model = load_weights(base, dtype=torch.float32)
+    proof.fold(model, deltas)
+    exact = proof.compare(adapted_logits, proof.compute_logits(model, prompts))
 
     served = load_weights(merged, dtype=dtype)
     proof.check_loaded(model, served)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ftkit.errors import CheckFailedError
-from ftkit.methods.base import ComputeDelta
+from ftkit.methods.base import ComputeDelta, merged_weight
 from ftkit.models.files import INDEX_NAME, read_json, weight_files
 
 
@@ -26,16 +26,18 @@ def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: s
         CheckFailedError: a weight is in no file; it would stay unmerged in silence.
     """
     stored = {name for path in weight_files(source) for name in _names(path)}
-    found = {}
+    found: dict[str, ComputeDelta] = {}
     for name, delta in names.items():
         candidates = (name, name.removeprefix(f"{prefix}."))
-        in_file = next((candidate for candidate in candidates if candidate in stored), None)
-        if in_file is None:
+        found |= {candidate: delta for candidate in candidates if candidate in stored}
+    # A tied weight has several names with the same delta, of which files may hold one or all.
+    in_files = set(found.values())
+    for name, delta in names.items():
+        if delta not in in_files:
             raise CheckFailedError(
                 f"{name} is adapted, but no weight file of {source} holds it under this name",
                 how="save the base anew with transformers' save_pretrained, or use the adapter without merging",
             )
-        found[in_file] = delta
     return found
 
 
@@ -45,6 +47,7 @@ def rewrite(
     """Write the weight files of `source` to `target`, adding `deltas`, under the same file names.
 
     A changed weight is cast(float32(W) + delta), rounded once, to the precision it is stored in.
+    A replaced one is the tuned one, cast.
 
     Args:
         dtype: precision of every floating-point weight in `target`; None keeps each one's own.
@@ -72,8 +75,7 @@ def rewritten(weight: Tensor, delta: ComputeDelta | None, dtype: torch.dtype | N
     dtype = dtype if dtype is not None and weight.is_floating_point() else weight.dtype
     if delta is None:
         return weight.to(dtype)
-    exact = weight.float()
-    return (exact + delta(exact)).to(dtype).contiguous()
+    return merged_weight(weight.float(), delta).to(dtype).contiguous()
 
 
 def check_tensors(

@@ -21,7 +21,7 @@ from ftkit.data.task_records import Piece, fill_template, parse_template
 from ftkit.data.types import Conversation, Message, TaskRecord
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.marked_yaml import read_yaml
-from ftkit.recipe.schema import ListOf, NonEmpty, Section
+from ftkit.recipe.section import ListOf, NonEmpty, Section
 
 LIBRARY = Path(__file__).parent / "library"
 LETTERS = string.ascii_uppercase

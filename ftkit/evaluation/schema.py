@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from ftkit.evaluation.metrics import METRICS
-from ftkit.recipe.schema import ColumnsSection, DatasetSection, ListOf, NonEmpty, Section
+from ftkit.recipe.schema import ColumnsSection, DatasetSection
+from ftkit.recipe.section import ListOf, NonEmpty, Section
 
 PromptMode = Literal["auto", "chat", "raw"]
 

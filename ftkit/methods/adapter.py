@@ -32,7 +32,7 @@ from ftkit.methods.files import (
     write_adapter,
 )
 from ftkit.models.architecture import block_parts, describe, linear_shape, norm_modules
-from ftkit.recipe.schema import AdapterMethod
+from ftkit.recipe.method_schema import AdapterMethod
 
 name = "adapter"
 merge_refusal: str | None = (
@@ -133,6 +133,16 @@ def load(model: PreTrainedModel, directory: Path) -> AdapterMethod:
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: AdapterMethod) -> Iterator[Delta]:
     """Refused: see `merge_refusal`."""
     raise AssertionError(merge_refusal)
+
+
+def learning_rate_factor(name: str, section: AdapterMethod) -> float:
+    """All learn at the same rate."""
+    return 1.0
+
+
+def notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """None."""
+    return ()
 
 
 def keeps_base(section: AdapterMethod) -> bool:

@@ -5,7 +5,7 @@ A method is a module of functions (`methods/lora.py` ...) and keeps no state: ev
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,25 @@ Delta = tuple[str, ComputeDelta]
 """Name of a base weight, and what to add to it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """The `ComputeDelta` of a weight that trained in full: merging puts `tuned` in its place."""
+
+    tuned: Tensor
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The difference, up to rounding; see `merged_weight`."""
+        return self.tuned.float() - weight
+
+
+def merged_weight(weight: Tensor, delta: ComputeDelta) -> Tensor:
+    """The weight after merging, float32. A replaced one is the tuned one bit for bit, as W + (W' - W) need not be."""
+    if isinstance(delta, Replacement):
+        # A copy: where a base stores a tied weight twice, safetensors would refuse the same tensor under two names.
+        return delta.tuned.to(torch.float32, copy=True)
+    return weight + delta(weight)
+
+
 class Method(Protocol):
     """One way to train. The functions of a method's module have these signatures; `section` is its recipe section."""
 
@@ -48,7 +67,7 @@ class Method(Protocol):
         """
 
     def trained_state(self, model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
-        """What is saved: name in the saved file -> tensor, sharing memory with the model unless `gather` copies.
+        """What is saved: name in the saved file -> tensor; it may share memory with the model.
 
         Where `gather` is given, every process must call this.
         """
@@ -84,8 +103,15 @@ class Method(Protocol):
     def deltas(self, model: PreTrainedModel, state: Mapping[str, Tensor], section: Any) -> Iterator[Delta]:
         """What merging adds to which base weight; `model` tells the layout and may be on the meta device.
 
+        A tied weight comes under all of its names, with the same object. What trained in full is a `Replacement`.
         Repeating a computation on the same machine gives the same bits. Not to be called where `merge_refusal` is set.
         """
+
+    def learning_rate_factor(self, name: str, section: Any) -> float:
+        """What the learning rate of the trained parameter `name` of the model is multiplied by."""
+
+    def notes(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """What the user should know of what trains, beside the numbers."""
 
     def keeps_base(self, section: Any) -> bool:
         """Whether the base's own weights stay as they are, so that `disabled(model)` computes the base model."""
@@ -124,7 +150,18 @@ def copy_strictly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
     """Copy `state` into `targets`; both must have the same names and shapes.
 
     Raises:
-        UserError: they do not, one line for each kind of difference; nothing was copied.
+        UserError: they do not; nothing was copied.
+    """
+    check_fits(targets, state)
+    for name, target in targets.items():
+        target.copy_(state[name])
+
+
+def check_fits(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Check that `state` has the names and shapes of `targets`.
+
+    Raises:
+        UserError: it does not, one line for each kind of difference.
     """
     differences = {
         "lack": [name for name in targets if name not in state],
@@ -142,8 +179,6 @@ def copy_strictly(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
     ]
     if problems:
         raise UserError.of(problems)
-    for name, target in targets.items():
-        target.copy_(state[name])
 
 
 def _first(names: list[str], limit: int = 4) -> str:
@@ -180,15 +215,23 @@ class Report:
         return self.trainable_parameters / self.total_parameters
 
 
-def report(model: nn.Module) -> Report:
-    """Count a model's parameters; under `fully_shard` the global numbers."""
+def report(model: nn.Module, method: Method | None = None) -> Report:
+    """Count a model's parameters; under `fully_shard` the global numbers.
+
+    Args:
+        method: tells what is saved, where that is not just what trains.
+    """
     counts: Counter[tuple[torch.dtype, bool]] = Counter()
     for parameter in model.parameters():
         counts[parameter.dtype, parameter.requires_grad] += parameter.numel()
+    saved: Iterable[Tensor] = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    if method is not None:
+        assert isinstance(model, PreTrainedModel)
+        saved = method.trained_state(model).values()
     parts = [Precision(dtype, trained, number) for (dtype, trained), number in counts.items()]
     return Report(
         trainable_parameters=sum(part.parameters for part in parts if part.trained),
         total_parameters=sum(part.parameters for part in parts),
-        saved_bytes=sum(part.parameters * part.dtype.itemsize for part in parts if part.trained),
+        saved_bytes=sum(tensor.nbytes for tensor in saved),
         precision=tuple(sorted(parts, key=lambda part: (not part.trained, -part.parameters, str(part.dtype)))),
     )

@@ -6,6 +6,7 @@ ftkit.json                  base, its fingerprint, ftkit's version (peft warns a
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -21,18 +22,21 @@ from torch import Tensor
 from ftkit.errors import FtkitError, Problem, UserError
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, fingerprint
-from ftkit.recipe.schema import AdapterMethod, LoraMethod
+from ftkit.recipe.method_schema import AdapterMethod, LoraMethod
 
 CONFIG_NAME, WEIGHTS_NAME, IDENTITY_NAME = "adapter_config.json", "adapter_model.safetensors", "ftkit.json"
 LORA, BOTTLENECK = "LORA", "FTKIT_BOTTLENECK"
 """Values of `peft_type`."""
 
+_TRAINED_AS = "method"
+"""Key of ftkit.json."""
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
-_READ |= {"exclude_modules", "init_lora_weights"}
+_READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"}
+_READ |= {"modules_to_save"}
 # Neither changes what the saved weights compute: where they go is told by their own names.
 _WITHOUT_EFFECT = {"task_type", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "layers_pattern"}
 _WITHOUT_EFFECT |= {"layers_to_transform", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"}
-_WITHOUT_EFFECT |= {"runtime_config"}
+_WITHOUT_EFFECT |= {"runtime_config", "ensure_weight_tying"}
 _BASE_KEPT = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that start from the base as it is; pissa, olora, corda ... change its weights."""
 
@@ -78,20 +82,29 @@ def write_adapter(
     identity: BaseIdentity,
     *,
     base_dtype: torch.dtype,
+    trained_as: LoraMethod | None = None,
 ) -> None:
     """Write the three files; `config` is what is particular to the method.
 
     Args:
         base_dtype: precision that the frozen base had in training.
+        trained_as: the section to go on training with, where `config` does not say all of it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = {"base_model_name_or_path": identity.name, "revision": identity.revision, "task_type": "CAUSAL_LM"}
     _write_json(directory / CONFIG_NAME, {**config, **names})
     known = {"base_model": identity.name, "revision": identity.revision, "base_fingerprint": identity.fingerprint}
     precision = str(base_dtype).removeprefix("torch.")
-    _write_json(directory / IDENTITY_NAME, {"ftkit_version": _version(), **known, "base_dtype": precision})
+    own: dict[str, Any] = {"ftkit_version": _version(), **known, "base_dtype": precision}
+    own |= {_TRAINED_AS: trained_as.model_dump(mode="json", exclude={"init_from"})} if trained_as is not None else {}
+    _write_json(directory / IDENTITY_NAME, own)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        on_cpu = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses one tensor under two names, as tied weights have them.
+        twice = any(on_cpu.data_ptr() == other.data_ptr() for other in tensors.values())
+        tensors[name] = on_cpu.clone() if twice else on_cpu
     # safetensors orders tensors itself, but not metadata: a second entry would make the bytes differ.
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
     save_file(tensors, directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
@@ -129,25 +142,38 @@ def read_identity(directory: Path) -> BaseIdentity:
     return BaseIdentity(config.get("base_model_name_or_path") or "", config.get("revision"), fingerprint)
 
 
+def trained_as(directory: Path) -> LoraMethod | None:
+    """The section that a LoRA of ftkit was trained with, where peft's configuration does not say all of it."""
+    own = directory / IDENTITY_NAME
+    values = read_json(own).get(_TRAINED_AS) if own.is_file() else None
+    try:
+        return None if values is None else LoraMethod.model_validate(values)
+    except ValidationError as error:
+        raise _invalid(error, own) from None
+
+
 def lora_config(section: LoraMethod, targets: Sequence[str], *, fan_in_fan_out: bool) -> dict[str, Any]:
-    """peft's configuration of a LoRA.
+    """peft's configuration of a LoRA; of a PiSSA that of a plain one, which loads on the base as it is.
 
     Args:
         targets: names or paths that peft matches to exactly the adapted modules.
         fan_in_fan_out: whether the weights lie transposed, as in GPT-2's Conv1D.
     """
-    # peft and vLLM declare lora_alpha as an integer; a fraction works in both all the same.
-    alpha = int(section.alpha) if section.alpha.is_integer() else section.alpha
+    initial: bool | str = section.init if section.init == "gaussian" else True
+    section = _plain_lora(section)
     return {
         "peft_type": LORA,
         "r": section.rank,
-        "lora_alpha": alpha,
+        "lora_alpha": _plain_number(section.alpha),
+        "rank_pattern": section.rank_pattern,
+        "alpha_pattern": {name: _plain_number(alpha) for name, alpha in section.alpha_pattern.items()},
+        "use_rslora": section.rank_stabilized,
+        "use_dora": section.dora,
         "lora_dropout": section.dropout,
         "target_modules": list(targets),
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
-        "init_lora_weights": True,
-        "modules_to_save": None,
+        "init_lora_weights": initial,
         "inference_mode": True,
     }
 
@@ -169,15 +195,19 @@ def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
     exclude = config.get("exclude_modules") or ()
     values = {"type": "lora", "rank": config.get("r"), "alpha": config.get("lora_alpha")}
     values |= {"dropout": config.get("lora_dropout", 0.0), "targets": _names(targets), "exclude": _names(exclude)}
+    values |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    values["modules_to_save"] = tuple(config.get("modules_to_save") or ())
+    values["init"] = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
+    values |= {"rank_stabilized": config.get("use_rslora") or False, "dora": config.get("use_dora") or False}
     try:
         return LoraMethod.model_validate(values)
     except ValidationError as error:
-        raise _invalid(error, where) from None
+        raise _invalid(error, where / CONFIG_NAME) from None
 
 
 def bottleneck_config(section: AdapterMethod) -> dict[str, Any]:
     """The configuration of bottleneck adapters: the keys of their section."""
-    return {"peft_type": BOTTLENECK, **section.model_dump(exclude={"type"})}
+    return {"peft_type": BOTTLENECK, **section.model_dump(exclude={"type", "init_from"})}
 
 
 def bottleneck_section(config: Mapping[str, Any], where: Path) -> AdapterMethod:
@@ -191,7 +221,18 @@ def bottleneck_section(config: Mapping[str, Any], where: Path) -> AdapterMethod:
     try:
         return AdapterMethod.model_validate({"type": "adapter", **values})
     except ValidationError as error:
-        raise _invalid(error, where) from None
+        raise _invalid(error, where / CONFIG_NAME) from None
+
+
+def _plain_lora(section: LoraMethod) -> LoraMethod:
+    """The LoRA that is saved: for a PiSSA twice the rank at the same scale, since B A - B0 A0 = [B, -B0] [A; A0]."""
+    if section.init != "pissa":
+        return section
+    growth = math.sqrt(2.0) if section.rank_stabilized else 2.0
+    ranks = {name: 2 * rank for name, rank in section.rank_pattern.items()}
+    alphas = {name: growth * alpha for name, alpha in section.alpha_pattern.items()}
+    update = {"rank": 2 * section.rank, "alpha": growth * section.alpha, "init": "kaiming"}
+    return section.model_copy(update={**update, "rank_pattern": ranks, "alpha_pattern": alphas})
 
 
 _PEFT_REMEDY = "merge it into its base with peft's merge_and_unload and use the merged model"
@@ -204,14 +245,19 @@ def _supported(name: str, value: Any) -> bool:
     return name in _READ or name in _WITHOUT_EFFECT or not value or (name == "bias" and value == "none")
 
 
+def _plain_number(alpha: float) -> int | float:
+    """peft and vLLM declare alphas as integers; a fraction works in both all the same."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
 def _names(value: str | Sequence[str]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(sorted(value))
 
 
-def _invalid(error: ValidationError, where: Path) -> FtkitError:
-    file, how = str(where / CONFIG_NAME), "restore the file as it was written"
+def _invalid(error: ValidationError, file: Path) -> FtkitError:
+    how = "restore the file as it was written"
     details = [(".".join(str(part) for part in detail["loc"]), detail["msg"]) for detail in error.errors()]
-    return UserError.of(Problem(f"{key}: {message}", how, file) for key, message in details)
+    return UserError.of(Problem(f"{key}: {message}", how, str(file)) for key, message in details)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -222,7 +268,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Only the outermost keys are sorted: of patterns that match the same layer, the first one counts.
+    path.write_text(json.dumps(dict(sorted(content.items())), indent=2) + "\n", encoding="utf-8")
 
 
 def _version() -> str:

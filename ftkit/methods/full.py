@@ -13,7 +13,7 @@ from ftkit.errors import UserError
 from ftkit.methods.base import Delta, Gather, copy_strictly, gathered, train_in_float32
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.quiet import quiet_transformers
-from ftkit.recipe.schema import FullMethod
+from ftkit.recipe.method_schema import FullMethod
 
 name = "full"
 merge_refusal: str | None = (
@@ -71,6 +71,16 @@ def load(model: PreTrainedModel, directory: Path) -> FullMethod:
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: FullMethod) -> Iterator[Delta]:
     """Refused: see `merge_refusal`."""
     raise AssertionError(merge_refusal)
+
+
+def learning_rate_factor(name: str, section: FullMethod) -> float:
+    """All learn at the same rate."""
+    return 1.0
+
+
+def notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """None."""
+    return ()
 
 
 def keeps_base(section: FullMethod) -> bool:

@@ -1,42 +1,91 @@
 """`lora`: low-rank updates of linear layers (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in peft's files."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
-from ftkit.methods.base import ComputeDelta, Delta, Gather, copy_strictly, freeze, gathered, seeded_generator
-from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, write_adapter
-from ftkit.methods.lora_layer import LoraLayer, insert_lora
-from ftkit.methods.targets import select_targets, shortest_names
+from ftkit.methods.base import (
+    ComputeDelta,
+    Delta,
+    Gather,
+    Replacement,
+    check_fits,
+    freeze,
+    gathered,
+    seeded_generator,
+)
+from ftkit.methods.dora import gains, row_norms
+from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, trained_as, write_adapter
+from ftkit.methods.lora_init import INITIALISATIONS, zeros
+from ftkit.methods.lora_layer import LoraLayer, insert_lora, stacked, weight_OI
+from ftkit.methods.saved_modules import (
+    check_ties,
+    paths_for_peft,
+    saved_names,
+    saved_parameters,
+    tied_names,
+    train_modules,
+)
+from ftkit.methods.targets import check_patterns, matching_value, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
-from ftkit.recipe.schema import LoraMethod
+from ftkit.recipe.method_schema import LoraMethod
 
 name = "lora"
 merge_refusal: str | None = None
 
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 """peft's names in the file: base_model.model.PATH.lora_A.weight."""
 
 
 def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
     """Freeze the model and give every target its A and B."""
-    _insert(model, select_targets(model, section.targets, section.exclude), section, seed=seed)
+    layers = select_targets(model, section.targets, section.exclude)
+    check_patterns(section.rank_pattern, layers, "rank_pattern")
+    check_patterns(section.alpha_pattern, layers, "alpha_pattern")
+    _insert(model, layers, section, seed=seed)
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
-    """A and B of every layer, under peft's names."""
-    return gathered(_parameters(model), gather)
+    """A and B of every layer, under peft's names, with DoRA the lengths of its rows, and the modules trained in full.
+
+    Of a PiSSA [A; A0] and [B, -B0], a plain LoRA of twice the rank.
+    """
+    state: dict[str, Tensor] = {}
+    for path, layer in _layers(model):
+        whole = gathered({name: p for name, p in layer.named_parameters() if name.startswith("lora_")}, gather)
+        a_RI, b_OR = stacked(whole["lora_A"], whole["lora_B"], whole.get("lora_A0"), whole.get("lora_B0"))
+        state |= {f"{PREFIX}{path}{A}": a_RI, f"{PREFIX}{path}{B}": b_OR}
+        if "lora_magnitude" in whole:
+            state[f"{PREFIX}{path}{MAGNITUDE}"] = whole["lora_magnitude"]
+    saved = saved_parameters(model)
+    once = gathered({str(id(parameter)): parameter for parameter in saved.values()}, gather)
+    return state | {f"{PREFIX}{name}": once[str(id(parameter))] for name, parameter in saved.items()}
 
 
+@torch.no_grad()
 def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
-    """Copy A and B back."""
-    copy_strictly(_parameters(model), state)
+    """Copy A and B, lengths, and the modules trained in full back."""
+    check_ties(model, state, prefix=PREFIX)
+    check_fits(trained_state(model), state)
+    for name, parameter in saved_parameters(model).items():
+        parameter.copy_(state[f"{PREFIX}{name}"])
+    for path, layer in _layers(model):
+        a_RI, b_OR, rank = state[f"{PREFIX}{path}{A}"], state[f"{PREFIX}{path}{B}"], layer.lora_A.shape[0]
+        layer.lora_A.copy_(a_RI[:rank])
+        layer.lora_B.copy_(b_OR[:, :rank])
+        if layer.lora_A0 is not None and layer.lora_B0 is not None:
+            layer.lora_A0.copy_(a_RI[rank:])
+            layer.lora_B0.copy_(-b_OR[:, rank:])
+        if layer.lora_magnitude is not None:
+            layer.lora_magnitude.copy_(state[f"{PREFIX}{path}{MAGNITUDE}"])
 
 
 def save(
@@ -51,13 +100,18 @@ def save(
     layers = dict(_layers(model))
     transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
     config = lora_config(section, shortest_names(model, layers), fan_in_fan_out=transposed)
-    write_adapter(directory, config, trained_state(model) if state is None else state, identity, base_dtype=model.dtype)
+    # Without the flag peft warns that training would cut the tie; the file holds both names.
+    config |= {"modules_to_save": saved_names(model) or None, "ensure_weight_tying": bool(tied_names(model))}
+    state = trained_state(model) if state is None else state
+    # What peft reads is a plain LoRA of twice the rank; to go on training it takes to know which half is frozen.
+    frozen_half = section if section.init == "pissa" else None
+    write_adapter(directory, config, state, identity, base_dtype=_base_dtype(model), trained_as=frozen_half)
 
 
 def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
     """Load an adapter of ftkit or peft. Which layers it adapts is told by the names of its weights."""
     config, state = read_adapter(directory, peft_type=LORA)
-    section = lora_section(config, directory)
+    section = trained_as(directory) or _section_of_peft(model, config, directory)
     layers = linear_modules(model)
     paths = adapted_paths(state)
     unknown = sorted(set(paths) - set(layers))
@@ -67,22 +121,39 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
             how="load it on the base model it was trained on",
             where=str(directory),
         )
-    _insert(model, {path: layers[path] for path in paths}, section, seed=0)
+    _insert(model, {path: layers[path] for path in paths}, section, seed=None)
     load_state(model, state)
     return section
 
 
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[Delta]:
-    """(alpha / rank) * B A for every adapted weight, in the order of `state`."""
+    """What every weight gains: those that are adapted, in the order of `state`, then those that trained in full."""
     for path in adapted_paths(state):
         module = model.get_submodule(path)
         assert is_linear(module), path
-        yield f"{path}.weight", _delta(state, path, section.alpha / section.rank, isinstance(module, Conv1D))
+        a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
+        assert a_RI is not None, path
+        assert b_OR is not None, path
+        yield f"{path}.weight", _delta(a_RI, b_OR, magnitude_O, _scale(section, path), isinstance(module, Conv1D))
+    replacements: dict[int, Replacement] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (tuned := state.get(f"{PREFIX}{name}")) is not None:
+            yield name, replacements.setdefault(id(parameter), Replacement(tuned))
+
+
+def learning_rate_factor(name: str, section: LoraMethod) -> float:
+    """B learns `learning_rate_ratio` times as fast as everything else (LoRA+)."""
+    return section.learning_rate_ratio if name.endswith(".lora_B") else 1.0
+
+
+def notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Which modules train because others that they are tied to do."""
+    return tuple(f"{' and '.join(names)} are tied in this model: both train, as one" for names in tied_names(model))
 
 
 def keeps_base(section: LoraMethod) -> bool:
-    """Yes: nothing of the base trains."""
-    return True
+    """Yes, unless modules of the base train in full."""
+    return not section.modules_to_save
 
 
 @contextmanager
@@ -100,22 +171,50 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 
 
 def adapted_paths(state: Iterable[str]) -> list[str]:
-    """Paths of the layers that have an A or a B among the names of a saved state."""
-    names = (key.removeprefix(PREFIX) for key in state)
-    return list(dict.fromkeys(key.removesuffix(A).removesuffix(B) for key in names))
+    """Paths of the layers that have weights of LoRA among the names of a saved state."""
+    parts = [
+        (key.removeprefix(PREFIX), suffix) for key in state for suffix in (A, B, MAGNITUDE) if key.endswith(suffix)
+    ]
+    return list(dict.fromkeys(name.removesuffix(suffix) for name, suffix in parts))
 
 
-def _insert(model: PreTrainedModel, layers: Mapping[str, torch.nn.Module], section: LoraMethod, *, seed: int) -> None:
+def _section_of_peft(model: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> LoraMethod:
+    section = lora_section(config, directory)
+    return section.model_copy(update={"modules_to_save": paths_for_peft(model, section.modules_to_save)})
+
+
+def _base_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The precision of the frozen weights; `model.dtype` is that of the first one, which may train."""
+    return next((parameter.dtype for parameter in model.parameters() if not parameter.requires_grad), model.dtype)
+
+
+def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: LoraMethod, *, seed: int | None) -> None:
+    """Give every layer its factors: initial ones, or where `seed` is None zeros to load saved ones into."""
     assert not any(True for _ in _layers(model)), "the model has LoRA layers already"
     freeze(model)
     for path, module in layers.items():
-        insert_lora(
-            module,
-            rank=section.rank,
-            alpha=section.alpha,
-            dropout=section.dropout,
-            generator=seeded_generator(seed, path),
-        )
+        weight, rank, scale = weight_OI(module), _rank(section, path), _scale(section, path)
+        if seed is None:
+            factors = zeros(weight, rank)
+        else:
+            factors = INITIALISATIONS[section.init](weight, rank, scale, seeded_generator(seed, path))
+        start = (factors[0].clone(), factors[1].clone()) if section.init == "pissa" else None
+        magnitude = None
+        if section.dora:
+            a_RI, b_OR = stacked(*factors, *(start or (None, None)))
+            magnitude = row_norms(weight, a_RI.to(weight.device), b_OR.to(weight.device), scale)
+        insert_lora(module, factors, scale=scale, dropout=section.dropout, start=start, magnitude=magnitude)
+    train_modules(model, section.modules_to_save, layers)
+
+
+def _rank(section: LoraMethod, path: str) -> int:
+    return matching_value(section.rank_pattern, path, section.rank)
+
+
+def _scale(section: LoraMethod, path: str) -> float:
+    """What B A is multiplied by in the layer at `path`."""
+    rank, alpha = _rank(section, path), matching_value(section.alpha_pattern, path, section.alpha)
+    return alpha / math.sqrt(rank) if section.rank_stabilized else alpha / rank
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -124,17 +223,15 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
             yield path, module
 
 
-def _parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    parameters: dict[str, Tensor] = {}
-    for path, layer in _layers(model):
-        parameters |= {f"{PREFIX}{path}{A}": layer.lora_A, f"{PREFIX}{path}{B}": layer.lora_B}
-    return parameters
-
-
-def _delta(state: Mapping[str, Tensor], path: str, scale: float, transposed: bool) -> ComputeDelta:
+def _delta(a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None, scale: float, transposed: bool) -> ComputeDelta:
     def compute(weight: Tensor) -> Tensor:
         # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
-        delta_OI = (state[f"{PREFIX}{path}{B}"].float() @ state[f"{PREFIX}{path}{A}"].float()) * scale
+        delta_OI = (b_OR.float() @ a_RI.float()) * scale
+        if magnitude_O is not None:
+            weight_OI = weight.t() if transposed else weight
+            tuned_OI = weight_OI + delta_OI
+            gains_O = gains(magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
+            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
         return delta_OI.t() if transposed else delta_OI
 
     return compute

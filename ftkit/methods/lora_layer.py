@@ -1,11 +1,18 @@
 """The LoRA layer (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3).
 
-    y = x W^T + b + (alpha / rank) * dropout(x) A^T B^T
+    y = x W^T + b + scale * dropout(x) A^T B^T        scale = alpha / rank
+
+PiSSA trains A and B from the weight's principal part scale * B0 A0 and freezes the rest, W - scale * B0 A0. Here that
+rest is never formed: W stays as it is, and scale * x A0^T B0^T is taken off beside it. So nothing is lost where W is
+bfloat16, whose rounding would hit the rest; the base is still there to be compared with and merged into; and what is
+saved, [A; A0] and [B, -B0], is exactly what was trained. It costs two more products of rank R.
+
+DoRA multiplies every output by a trained gain before the bias is added, see `methods/dora.py`; dropout stays on the
+update's input alone.
 
 Shape suffixes: N tokens, I input width, O output width, R rank.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -14,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ftkit.methods.dora import gains, row_norms
+from ftkit.methods.lora_init import Factors
 from ftkit.models.architecture import linear_shape
 
 
@@ -33,33 +42,42 @@ class LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         a_RI: Tensor,
         b_OR: Tensor,
+        start_a_RI: Tensor | None,
+        start_b_OR: Tensor | None,
         keep: Tensor | None,
         scale: float,
+        kept_share: float,
         transposed: bool,
     ) -> Tensor:
         """x [..., I] -> [..., O].
 
         Args:
             weight: frozen, [O, I], or [I, O] if `transposed`.
-            keep: bool, the shape of x: the elements that dropout keeps; `scale` already holds 1 / (1 - p).
+            start_a_RI: frozen; with `start_b_OR` the low-rank product that is taken off the weight, or None.
+            keep: bool, the shape of x: the elements that dropout keeps.
+            kept_share: share of the elements that it keeps on average.
         """
-        y_NO = base_product(x.reshape(-1, x.shape[-1]), weight, bias, transposed)
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = base_product(x_NI, weight, bias, transposed)
+        if start_a_RI is not None and start_b_OR is not None:
+            y_NO.addmm_(F.linear(x_NI, start_a_RI.to(x.dtype)), start_b_OR.to(x.dtype).t(), alpha=-scale)
+        scale_kept = scale / kept_share
         h_NR = F.linear(_dropped(x, keep), a_RI.to(x.dtype))
-        y_NO.addmm_(h_NR, b_OR.to(x.dtype).t(), alpha=scale)
+        y_NO.addmm_(h_NR, b_OR.to(x.dtype).t(), alpha=scale_kept)
         # x itself, not its two-dimensional form: that is a copy where x is not contiguous.
-        ctx.save_for_backward(x, weight, a_RI, b_OR, h_NR, keep)
-        ctx.scale, ctx.transposed = scale, transposed
+        ctx.save_for_backward(x, weight, a_RI, b_OR, start_a_RI, start_b_OR, h_NR, keep)
+        ctx.scale, ctx.scale_kept, ctx.transposed = scale, scale_kept, transposed
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients with respect to x (only where it needs one), A and B."""
-        x, weight, a_RI, b_OR, h_NR, keep = ctx.saved_tensors
+        x, weight, a_RI, b_OR, start_a_RI, start_b_OR, h_NR, keep = ctx.saved_tensors
         grad_NO = grad_y.reshape(-1, grad_y.shape[-1])
-        scaled_NR = (grad_NO @ b_OR.to(x.dtype)).mul_(ctx.scale)
+        scaled_NR = (grad_NO @ b_OR.to(x.dtype)).mul_(ctx.scale_kept)
         grad_a_RI = scaled_NR.t() @ _dropped(x, keep)
-        grad_b_OR = (grad_NO.t() @ h_NR).mul_(ctx.scale)
+        grad_b_OR = (grad_NO.t() @ h_NR).mul_(ctx.scale_kept)
         grad_x = None
         if ctx.needs_input_grad[0]:
             weight_OI = (weight.t() if ctx.transposed else weight).to(x.dtype)
@@ -68,8 +86,10 @@ class LowRankLinear(torch.autograd.Function):
                 grad_NI.addmm_(scaled_NR, a_RI.to(x.dtype))
             else:
                 grad_NI.addcmul_(scaled_NR @ a_RI.to(x.dtype), keep.reshape(grad_NI.shape))
+            if start_a_RI is not None:
+                grad_NI.addmm_(grad_NO @ start_b_OR.to(x.dtype), start_a_RI.to(x.dtype), alpha=-ctx.scale)
             grad_x = grad_NI.view(x.shape)
-        return grad_x, None, None, grad_a_RI.to(a_RI.dtype), grad_b_OR.to(b_OR.dtype), None, None, None
+        return grad_x, None, None, grad_a_RI.to(a_RI.dtype), grad_b_OR.to(b_OR.dtype), *[None] * 6
 
 
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -87,8 +107,13 @@ class LoraLinear(nn.Linear):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_A0: nn.Parameter | None
+    """Frozen copy of what A was at the start, where B0 A0 is taken off the weight (PiSSA); else None."""
+    lora_B0: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    """Length of every row of the weight (DoRA), [O]; else None."""
     lora_scale: float
-    """alpha / rank"""
+    """What B A is multiplied by."""
     lora_dropout: float
     lora_enabled: bool
 
@@ -102,6 +127,9 @@ class LoraConv1D(Conv1D):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_A0: nn.Parameter | None
+    lora_B0: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
     lora_scale: float
     lora_dropout: float
     lora_enabled: bool
@@ -117,37 +145,71 @@ LoraLayer = LoraLinear | LoraConv1D
 def _forward(layer: LoraLayer, x: Tensor, *, transposed: bool) -> Tensor:
     if not layer.lora_enabled:
         return base_product(x, layer.weight, layer.bias, transposed)
-    keep, scale = None, layer.lora_scale
+    keep, kept_share = None, 1.0
     if layer.training and layer.lora_dropout > 0.0:
+        kept_share -= layer.lora_dropout
         # A draw in bool: bfloat16 random numbers are multiples of 1/256 and would miss the probability.
-        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - layer.lora_dropout)
-        scale /= 1.0 - layer.lora_dropout
+        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(kept_share)
+    factors = layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0
+    magnitude = layer.lora_magnitude
+    bias = layer.bias if magnitude is None else None
     output: Tensor = LowRankLinear.apply(
-        x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, keep, scale, transposed
+        x, layer.weight, bias, *factors, keep, layer.lora_scale, kept_share, transposed
     )
-    return output
+    if magnitude is None:
+        return output
+    norms = row_norms(weight_OI(layer), *stacked(*factors), layer.lora_scale)
+    output = output * gains(magnitude, norms).to(x.dtype)
+    return output if layer.bias is None else output + layer.bias.to(x.dtype)
 
 
-def insert_lora(module: nn.Module, *, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> LoraLayer:
-    """Turn a linear layer into a LoRA layer that computes the same: A Kaiming-uniform, B zero (as in the paper's code,
-    https://github.com/microsoft/LoRA/blob/4c0333854cb905966f8cc4e9a74068c1e507c7b7/loralib/layers.py#L119).
+def stacked(a_RI: Tensor, b_OR: Tensor, start_a_RI: Tensor | None, start_b_OR: Tensor | None) -> Factors:
+    """The update as a product of two factors: B A as it is, and B A - B0 A0 as [B, -B0] [A; A0]."""
+    if start_a_RI is None or start_b_OR is None:
+        return a_RI, b_OR
+    # A process that does not write a checkpoint has empty tensors without dimensions here.
+    return torch.cat([a_RI, start_a_RI]), torch.cat([b_OR, -start_b_OR], dim=b_OR.ndim - 1)
+
+
+def weight_OI(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as [O, I], also where it is kept transposed."""
+    assert isinstance(module.weight, Tensor)
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def insert_lora(
+    module: nn.Module,
+    factors: Factors,
+    *,
+    scale: float,
+    dropout: float,
+    start: Factors | None = None,
+    magnitude: Tensor | None = None,
+) -> LoraLayer:
+    """Turn a linear layer into a LoRA layer.
 
     The object changes its class in place rather than being wrapped: names in the state dict, references from
     elsewhere in the model, hooks and shared modules stay valid. A class that only casts its weight where it is used
     is replaced by one that does the same.
+
+    Args:
+        factors: what A and B start from.
+        start: A0 and B0, where scale * B0 A0 is to be taken off the weight.
+        magnitude: lengths of the weight's rows [O], where they are to train by themselves.
     """
-    in_features, out_features = linear_shape(module)
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    assert sorted(weight.shape) == sorted((in_features, out_features)), "a packed (quantized) weight"
-    a_RI = torch.empty(rank, in_features)
-    nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+    assert sorted(weight.shape) == sorted(linear_shape(module)), "a packed (quantized) weight"
     weight.requires_grad_(False)
     if module.bias is not None:
         module.bias.requires_grad_(False)
     module.__class__ = LoraConv1D if isinstance(module, Conv1D) else LoraLinear
     assert isinstance(module, LoraLayer)
-    module.lora_A = nn.Parameter(a_RI.to(weight.device))
-    module.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=weight.device))
-    module.lora_scale, module.lora_dropout, module.lora_enabled = alpha / rank, dropout, True
+    module.lora_A, module.lora_B = (nn.Parameter(factor.to(weight.device)) for factor in factors)
+    for name, frozen in zip(("lora_A0", "lora_B0"), start or (None, None), strict=True):
+        kept = None if frozen is None else nn.Parameter(frozen.to(weight.device), requires_grad=False)
+        module.register_parameter(name, kept)
+    lengths = None if magnitude is None else nn.Parameter(magnitude.to(weight.device))
+    module.register_parameter("lora_magnitude", lengths)
+    module.lora_scale, module.lora_dropout, module.lora_enabled = scale, dropout, True
     return module

@@ -3,8 +3,8 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ from ftkit.errors import UserError
 from ftkit.models.architecture import linear_modules, stacked_experts
 
 ALL_LINEAR = "all-linear"
+Value = TypeVar("Value")
 Pattern = str | Sequence[str]
 """A regular expression that matches whole paths, or names."""
 
@@ -41,6 +42,21 @@ def select_targets(model: PreTrainedModel, targets: Pattern, exclude: Pattern) -
     return {path: module for path, module in layers.items() if path in chosen}
 
 
+def matching_value(values: Mapping[str, Value], path: str, default: Value) -> Value:
+    """The value of the first name or expression that matches the end of `path`, as peft reads `rank_pattern`."""
+    return next((value for pattern, value in values.items() if _matches_end(pattern, path)), default)
+
+
+def check_patterns(patterns: Iterable[str], layers: Mapping[str, nn.Module], key: str) -> None:
+    """Check that every pattern of `method.KEY` matches a layer that is adapted.
+
+    Raises:
+        UserError: some match none; the message lists what there is.
+    """
+    if unmatched := [pattern for pattern in patterns if not any(_matches_end(pattern, path) for path in layers)]:
+        raise _unmatched(unmatched, layers, key, "adapted layer: these are")
+
+
 def matches_name(path: str, name: str) -> bool:
     """Whether `name` is the path or its last components, as peft matches `target_modules`."""
     return path == name or path.endswith(f".{name}")
@@ -52,6 +68,10 @@ def shortest_names(model: PreTrainedModel, chosen: Iterable[str]) -> list[str]:
     names = sorted({path.rpartition(".")[2] for path in paths})
     matched = {path for path, _ in model.named_modules() if any(matches_name(path, name) for name in names)}
     return names if matched == paths else sorted(paths)
+
+
+def _matches_end(pattern: str, path: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
 def _matches(layers: dict[str, nn.Module], pattern: Pattern, key: Literal["targets", "exclude"]) -> set[str]:
@@ -68,12 +88,17 @@ def _matches(layers: dict[str, nn.Module], pattern: Pattern, key: Literal["targe
     return set().union(*by_name.values())
 
 
-def _unmatched(names: list[str], layers: dict[str, nn.Module], key: Literal["targets", "exclude"]) -> UserError:
+def _unmatched(
+    names: list[str],
+    layers: Mapping[str, nn.Module],
+    key: str,
+    what: str = "linear layer of the decoder blocks, which have:",
+) -> UserError:
     counts = Counter(path.rpartition(".")[2] for path in layers)
     there = ", ".join(f"{name} ({count})" for name, count in counts.items())
     close = [match for name in names for match in difflib.get_close_matches(name, [*counts, ALL_LINEAR], n=1)]
     return UserError(
-        f"{', '.join(names)} matches no linear layer of the decoder blocks, which have: {there}",
+        f"{', '.join(names)} matches no {what} {there}",
         how=f"did you mean {', '.join(dict.fromkeys(close))}?" if close else "name some of these",
         key=("method", key),
     )

@@ -63,6 +63,11 @@ def _module_names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if "," in value and "(" not in value else value
 
 
+def _initialisation(value: Any) -> Any:
+    """peft's `pissa_niter_4`."""
+    return "pissa" if isinstance(value, str) and value.startswith("pissa_niter_") else value
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -113,8 +118,7 @@ _VOCABULARY = _later("choose a base model whose vocabulary has the tokens, or a 
 _TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
-_ADAPTER_START = _later("merge the adapter with `ftkit merge` and name the result in base_model")
-_SAVED_MODULES = _later("leave it out, or train every weight with method.type: full")
+_SAVED_MODULES = _later("name the whole module in method.modules_to_save")
 _MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
 _SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")
 _CHECKPOINTING = _use("set training.gradient_checkpointing: true or false")
@@ -162,6 +166,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "completion_only_loss": Alias("data.train_on", _ANSWER_ONLY),
     "enable_thinking": Alias("data.chat_template_kwargs.enable_thinking"),
     "finetuning_type": Alias("method.type"),
+    "adapter_name_or_path": Alias("method.init_from"),
+    "lora_model_dir": Alias("method.init_from"),
     "peft_type": Alias("method.type", _lower),
     "adapter": Alias("method.type", _choices({None: "full"})),
     "r": Alias("method.rank"),
@@ -174,6 +180,16 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "lora_target": Alias("method.targets", _module_names),
     "lora_target_linear": Alias("method.targets", _choices({True: "all-linear"})),
     "exclude_modules": Alias("method.exclude"),
+    "use_rslora": Alias("method.rank_stabilized"),
+    "peft_use_rslora": Alias("method.rank_stabilized"),
+    "init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
+    "peft_init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
+    "use_dora": Alias("method.dora"),
+    "peft_use_dora": Alias("method.dora"),
+    "loraplus_lr_ratio": Alias("method.learning_rate_ratio"),
+    "pissa_init": Alias("method.init", _choices({True: "pissa", False: "kaiming"})),
+    "additional_target": Alias("method.modules_to_save", _module_names),
+    "lora_modules_to_save": Alias("method.modules_to_save"),
     "bottleneck_size": Alias("method.bottleneck"),
     "num_epochs": Alias("training.num_train_epochs"),
     "epochs": Alias("training.num_train_epochs"),
@@ -220,8 +236,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     # -- later versions of ftkit
     "master_dtype": _later("leave it out; trained weights are float32"),
     "quantization": _QUANTIZATION,
-    "init_from": _ADAPTER_START,
-    "modules_to_save": _SAVED_MODULES,
     "placement": _later("leave it out; adapters follow attention and feed-forward, as in the paper"),
     "torch_compile": _later("leave it out"),
     "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
@@ -274,12 +288,9 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_VOCABULARY, "special_tokens tokens add_tokens add_special_tokens resize_vocab eos_token pad_token"),
     **_group(_VOCABULARY, "resize_token_embeddings_to_32x"),
     **_group(_TOKENIZER, "tokenizer_type tokenizer_config tokenizer_name tokenizer_name_or_path use_fast_tokenizer"),
-    **_group(_LORA_VARIANT, "use_dora use_rslora peft_use_dora peft_use_rslora loraplus_lr_ratio pissa_init"),
-    **_group(_LORA_VARIANT, "init_lora_weights peft_init_lora_weights loftq_config lora_bias bias rank_pattern"),
-    **_group(_LORA_VARIANT, "alpha_pattern relora layers_to_transform peft_layers_to_transform"),
-    **_group(_ADAPTER_START, "adapter_name_or_path lora_model_dir"),
-    **_group(_SAVED_MODULES, "additional_target lora_modules_to_save trainable_token_indices"),
-    **_group(_SAVED_MODULES, "unfrozen_parameters"),
+    **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),
+    **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
+    **_group(_SAVED_MODULES, "trainable_token_indices unfrozen_parameters"),
     **_group(_MODEL_LOADING, "model_init_kwargs low_cpu_mem_usage model_type is_llama_derived_model use_cache"),
     **_group(_SUPERVISED, "stage rl pref_beta pref_loss ref_model reward_model task_type use_peft"),
     **_group(_CHECKPOINTING, "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant"),
@@ -309,6 +320,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
         {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
     ),
     "method.type": _choices({"houlsby": "adapter", "bottleneck": "adapter"}),
+    "method.init": _initialisation,
     "method.targets": _choices({"all_linear": "all-linear"}),
     "training.num_train_epochs": _whole,
     "training.optim": _choices(
@@ -322,8 +334,10 @@ _8BIT = "write adamw; its state takes 8 bytes a trained parameter"
 LATER_VALUES: dict[str, dict[Any, str]] = {
     "method.type": {
         "qlora": "write lora, with model.dtype: bfloat16",
-        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "dora", "oft", "freeze"), "write lora"),
+        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "oft", "freeze"), "write lora"),
+        "dora": "write lora, and set method.dora: true",
     },
+    "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
     "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),
     "training.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, and set training.min_lr_ratio"},
     "training.gradient_checkpointing": {int: "write true to recompute every block"},

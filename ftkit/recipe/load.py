@@ -18,7 +18,8 @@ from ftkit.recipe.names import convert_values, move_aliases
 from ftkit.recipe.overrides import WHERE, apply_overrides
 from ftkit.recipe.problems import validate
 from ftkit.recipe.scalars import is_text
-from ftkit.recipe.schema import DatasetSection, Recipe, Section
+from ftkit.recipe.schema import DatasetSection, Recipe
+from ftkit.recipe.section import Section
 
 HUB_PREFIX = "hf://"
 """In front of a base model or data set: never a local path."""
@@ -88,12 +89,17 @@ def resolve(loaded: LoadedRecipe) -> Recipe:
         for name in ("chat_template", "tokenizer")
         if (value := getattr(recipe.model, name)) is not None
     }
+    method = recipe.method
+    if (start := getattr(method, "init_from", None)) is not None:
+        path = _absolute_input(start, loaded.directory(("method", "init_from")), patterns=False)
+        method = method.model_copy(update={"init_from": path})
     data = {"train": absolute("train", recipe.data.train), "eval": absolute("eval", recipe.data.eval)}
     return recipe.model_copy(
         update={
             "base_model": _absolute_input(recipe.base_model, loaded.directory(("base_model",))),
             "model": recipe.model.model_copy(update=model),
             "data": recipe.data.model_copy(update=data),
+            "method": method,
             "output_dir": _resolved_output(recipe.output_dir, loaded.path.stem),
         }
     )

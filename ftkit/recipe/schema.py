@@ -5,35 +5,12 @@ other tools and of later versions are explained by `recipe/foreign.py`.
 """
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-Item = TypeVar("Item")
-ListOf = Annotated[tuple[Item, ...], Field(strict=False)]
-"""A YAML list, kept as a tuple. Only the container is converted: its items are as strict as everything else."""
-Auto = Literal["auto"]
-NonEmpty = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-StepsOrShare = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=1.0)]
-"""Optimizer steps as a whole number, or a share of the run below 1."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced, nothing changes after validation."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from ftkit.recipe.method_schema import AdapterMethod, FullMethod, LoraMethod
+from ftkit.recipe.section import Auto, ListOf, NonEmpty, Section, Share, StepsOrShare
 
 
 class ModelSection(Section):
@@ -192,54 +169,6 @@ class DataSection(Section):
     """What a row that cannot be read does: end the run before it starts, with all such rows named, or drop out."""
     chat_template_kwargs: dict[str, Any] = {}
     """Keywords for the chat template, e.g. {enable_thinking: false}; kept with the run."""
-
-
-class FullMethod(Section):
-    """Every weight trains."""
-
-    type: Literal["full"]
-    """The method."""
-
-
-class LoraMethod(Section):
-    """Low-rank updates (Hu et al. 2021, https://arxiv.org/abs/2106.09685): W + alpha / rank * B A."""
-
-    type: Literal["lora"]
-    """The method."""
-    rank: PositiveInt = 16
-    """Rank r of the update."""
-    alpha: PositiveFloat = 32.0
-    """Scale: the update is multiplied by alpha / rank."""
-    dropout: Share = 0.0
-    """Probability of dropping an element of the update's input."""
-    targets: NonEmpty | Annotated[ListOf[NonEmpty], Field(min_length=1)] = "all-linear"
-    """`all-linear` (linear layers of the decoder blocks), a list of module names, or a regular expression that
-    matches whole module paths."""
-    exclude: NonEmpty | ListOf[NonEmpty] = ()
-    """Modules left out: names, or a regular expression."""
-
-    @field_validator("targets", "exclude")
-    @classmethod
-    def _pattern_compiles(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
-        return value
-
-
-class AdapterMethod(Section):
-    """Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751): h + up(f(down(h))), two a layer."""
-
-    type: Literal["adapter"]
-    """The method."""
-    bottleneck: PositiveInt = 64
-    """Width m of the bottleneck; an adapter has 2md + d + m parameters at model width d."""
-    non_linearity: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
-    """The function f between the projections."""
-    train_norms: bool = False
-    """Train the model's normalisation layers too, as the paper does."""
 
 
 Method = Annotated[FullMethod | LoraMethod | AdapterMethod, Field(discriminator="type")]

@@ -9,7 +9,8 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from ftkit.errors import KeyPath
-from ftkit.recipe.schema import Recipe, Section
+from ftkit.recipe.schema import Recipe
+from ftkit.recipe.section import Section
 
 LONGEST_QUOTE = 60
 """Characters of the user's text that a message repeats."""

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ftkit.console import Console, human_bytes, human_count
 from ftkit.distributed import World
 from ftkit.methods.base import Method, Report, report
-from ftkit.methods.files import BaseIdentity, check_base, identify
+from ftkit.methods.files import BaseIdentity, check_base, identify, read_identity
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import describe
 from ftkit.models.isolation import Isolation, choose_packing
@@ -25,7 +25,7 @@ from ftkit.training.checkpoint import Checkpoint, load_optimizer, load_random
 from ftkit.training.feed import Feed
 from ftkit.training.loop import Loop
 from ftkit.training.optim import make_optimizer
-from ftkit.training.prepare import Prepared, pad_id
+from ftkit.training.prepare import Prepared, apply_method, pad_id
 from ftkit.training.result import result_name
 from ftkit.training.saver import Saver
 from ftkit.training.state import LoopState
@@ -92,12 +92,15 @@ def build(
 
     # 2. Weights and what trains of them. Every rank draws dropout of its own.
     identity = identify(prepared.base)
-    if checkpoint is not None and (trained_on := recorded_base(run)) is not None:
-        check_base(checkpoint.path, trained_on, identity)
+    if checkpoint is not None:
+        if (trained_on := recorded_base(run)) is not None:
+            check_base(checkpoint.path, trained_on, identity)
+    elif prepared.init_from is not None:
+        check_base(prepared.init_from, read_identity(prepared.init_from), identity)
     model = _model_with_method(prepared, method, compute_dtype, isolation, checkpoint)
     untrained = untrained_tokens(model, prepared.tokenizer, prepared.template.end_of_turn_ids)
     torch.manual_seed(recipe.seed + world.rank)
-    counts = report(model)
+    counts = report(model, method)
     sharded = world.size > 1 and recipe.training.parallel == "fsdp"
     _set_for_training(model, recipe, compute_in_dtype=None if sharded and method.name == "full" else compute_dtype)
 
@@ -116,7 +119,9 @@ def build(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     # 4. Optimizer, the state of the checkpoint, and how the next ones are written.
-    optimizer = make_optimizer(parameters, recipe.training)
+    optimizer = make_optimizer(
+        parameters, recipe.training, lambda name: method.learning_rate_factor(name, recipe.method)
+    )
     state = LoopState.fresh(len(plan.dataset_names))
     if checkpoint is not None:
         state = _restore(checkpoint, optimizer, parameters, world)
@@ -136,7 +141,7 @@ def build(
         save=save,
     )
     precision = _precision_in_words(counts, compute_dtype, reason)
-    notes = (*objective.notes, *untrained, *_notes_on_sharing(recipe, world))
+    notes = (*method.notes(model), *objective.notes, *untrained, *_notes_on_sharing(recipe, world))
     return Built(loop, state, model, method, identity, isolation, counts, precision, notes)
 
 
@@ -154,7 +159,7 @@ def _model_with_method(
         attn_implementation=isolation.attn_implementation,
     )
     if checkpoint is None:
-        method.apply(model, prepared.recipe.method, seed=prepared.recipe.seed)
+        apply_method(model, prepared)
     else:
         method.load(model, checkpoint.path / result_name(method))
     return model

@@ -18,7 +18,7 @@ from ftkit.recipe.schema import TrainingSection
 from ftkit.runs import MetricsFile
 from ftkit.training.cadence import Cadence
 from ftkit.training.feed import Feed
-from ftkit.training.optim import learning_rate
+from ftkit.training.optim import learning_rate, set_learning_rate
 from ftkit.training.progress import Progress
 from ftkit.training.state import LoopState
 from ftkit.training.validation import validation_losses
@@ -64,8 +64,7 @@ class Loop:
                     self._interrupt(state, signals)
             while state.step < total and not self._stops_early(state):
                 rate = learning_rate(state.step, total, section)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                set_learning_rate(self.optimizer, rate)
                 loss_sums = self._forward_backward(state.step)
                 grad_norm = self.world.clip_grad_norm(self.parameters.values(), section.max_grad_norm)
                 self._check_finite(state.step, loss_sums, grad_norm)

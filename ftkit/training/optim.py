@@ -5,36 +5,45 @@ to be saved, and a resumed run cannot get it wrong.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from ftkit.recipe.schema import TrainingSection
 
+RATE_FACTOR = "rate_factor"
+"""Key of an optimizer's group."""
 WSD_DECAY_SHARE = 0.2
 """Share of the run over which wsd (warm-up, stable, decay) falls (Hu et al. 2024, https://arxiv.org/abs/2404.06395)."""
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], section: TrainingSection) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], section: TrainingSection, rate_factor: Callable[[str], float]
+) -> torch.optim.AdamW:
     """Fused AdamW over the trained parameters; decay on matrices only, not on norms, biases and gates.
 
     Args:
-        parameters: name -> trained parameter; the order decides the order of the optimizer's state.
+        parameters: name -> trained parameter.
+        rate_factor: name of a parameter -> what its learning rate is multiplied by.
     """
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters.values() if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": section.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = section.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((rate_factor(name), decay), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": group, RATE_FACTOR: factor, "weight_decay": decay} for (factor, decay), group in groups.items()],
         lr=section.learning_rate,
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_epsilon,
         fused=True,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Let every group learn at `rate` times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[RATE_FACTOR]
 
 
 def warmup_steps(section: TrainingSection, total_steps: int) -> int:

@@ -1,20 +1,25 @@
 """Everything about a run that needs no weights: base, tokenizer, template, plan. What `plan` and `train` share."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.console import Console, human_count, make_table
 from ftkit.data.chat import ChatTemplate, chat_template_for
 from ftkit.data.encode import make_encoder
 from ftkit.data.plan import Plan, make_plan
 from ftkit.errors import UserError
+from ftkit.methods.start import continue_from
+from ftkit.methods.table import METHODS
+from ftkit.models.files import ADAPTER_CONFIG_NAME
 from ftkit.models.load import BaseModel, find_base, load_config
 from ftkit.models.tokenizer import recipe_tokenizer
 from ftkit.recipe.load import LoadedRecipe
 from ftkit.recipe.schema import Recipe
+from ftkit.runs import ADAPTER
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     plan: Plan
+    init_from: Path | None
+    """Directory of the adapter that training begins with."""
 
     def print(self, console: Console) -> None:
         """What the run is made of: base, mixture, steps."""
@@ -79,7 +86,7 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
         offline=offline,
         trust_remote_code=trust_remote_code,
     )
-    config = load_config(base)
+    config, init_from = load_config(base), _initial_adapter(loaded)
     tokenizer = recipe_tokenizer(recipe.model, base, config, directory=loaded.directory(("model", "tokenizer")))
     template_directory = loaded.directory(("model", "chat_template"))
     template = chat_template_for(tokenizer, recipe.model, template_directory, recipe.data.chat_template_kwargs)
@@ -87,7 +94,32 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
     with console.progress("preparing data", total=1) as bar:
         plan = make_plan(recipe, encoder, directory=loaded.directory, progress=bar.show)
     _check_metric(recipe, plan)
-    return Prepared(recipe, base, config, tokenizer, template, plan)
+    return Prepared(recipe, base, config, tokenizer, template, plan, init_from)
+
+
+def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
+    """Let train what the recipe says, from fresh weights or from those of `method.init_from`.
+
+    Raises:
+        UserError: the method finds no place in the model; what it is to begin with does not fit.
+    """
+    section = prepared.recipe.method
+    method = METHODS[section.type]
+    method.apply(model, section, seed=prepared.recipe.seed)
+    if section.type != "full" and prepared.init_from is not None:
+        continue_from(model, method, section, prepared.init_from)
+
+
+def _initial_adapter(loaded: LoadedRecipe) -> Path | None:
+    name = loaded.recipe.method.init_from if loaded.recipe.method.type != "full" else None
+    if name is None:
+        return None
+    key = ("method", "init_from")
+    path = loaded.directory(key) / Path(name).expanduser()
+    found = next((place for place in (path / ADAPTER, path) if (place / ADAPTER_CONFIG_NAME).is_file()), None)
+    if found is None:
+        raise UserError(f"{name} is neither a run nor an adapter", key=key, how="name a directory with one of them")
+    return found
 
 
 def _check_metric(recipe: Recipe, plan: Plan) -> None:

@@ -14,6 +14,10 @@ from tests.tiny_models import CONFIGS, tiny_model
 SECTIONS: dict[str, Section] = {
     "full": FullMethod(type="full"),
     "lora": LoraMethod(type="lora", rank=4, alpha=7.0),
+    "lora-pissa": LoraMethod(type="lora", rank=4, alpha=7.0, init="pissa"),
+    "lora-dora": LoraMethod(type="lora", rank=4, alpha=7.0, dora=True),
+    # Llama, Gemma and GPT-2 tie it to the embeddings.
+    "lora-modules": LoraMethod(type="lora", rank=4, alpha=7.0, modules_to_save=("lm_head",)),
     "adapter": AdapterMethod(type="adapter", bottleneck=6),
     "adapter-norms": AdapterMethod(type="adapter", bottleneck=6, non_linearity="tanh", train_norms=True),
 }

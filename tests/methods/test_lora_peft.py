@@ -147,13 +147,8 @@ def edited(directory, **changes) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 2}),
-        ("alpha_pattern", {"q_proj": 2}),
         ("bias", "all"),
         ("lora_bias", True),
-        ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
@@ -174,10 +169,10 @@ def test_what_ftkit_lacks_is_refused_by_name(key, value, tmp_path):
 
 def test_everything_that_is_lacking_is_named_at_once(tmp_path):
     peft_model("llama").save_pretrained(tmp_path)
-    edited(tmp_path, use_dora=True, bias="all")
+    edited(tmp_path, lora_bias=True, bias="all")
     with pytest.raises(UserError) as caught:
         lora.load(tiny_model("llama"), tmp_path)
-    assert [problem.what.partition(":")[0] for problem in caught.value.problems] == ["bias", "use_dora"]
+    assert [problem.what.partition(":")[0] for problem in caught.value.problems] == ["bias", "lora_bias"]
 
 
 def test_an_adapted_head_is_refused(tmp_path):

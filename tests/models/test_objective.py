@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ftkit.data.batches import Batch, collate
 from ftkit.data.types import IGNORE, EncodedExample
 from ftkit.errors import UserError
+from ftkit.methods.lora_init import gaussian
 from ftkit.methods.lora_layer import insert_lora
 from ftkit.models.attention import NAME, register
 from ftkit.models.objective import LossSums, Objective, check_router_loss, verify_head
@@ -198,7 +199,8 @@ def test_verifying_leaves_no_trace() -> None:
 
 def test_a_head_with_lora_is_not_taken_for_its_weight() -> None:
     model = tiny_model(tie_word_embeddings=False)
-    insert_lora(model.lm_head, rank=4, alpha=8, dropout=0.0, generator=torch.Generator().manual_seed(0))
+    factors = gaussian(model.lm_head.weight, 4, 2.0, torch.Generator().manual_seed(0))
+    insert_lora(model.lm_head, factors, scale=2.0, dropout=0.0)
     objective = make_objective(model, "bounds")
     assert objective.head == "logits_to_keep"
     assert objective.notes[0].endswith("its head is a LoraLinear")

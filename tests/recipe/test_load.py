@@ -109,10 +109,11 @@ METHODS = {
     "type: full, rank: 8": "rank: no key of this method; it belongs to lora; remove it, or change method.type",
     "type: lora, rnak: 8": "rnak: unknown key; did you mean rank?",
     "type: lora, rank: 8.5": "rank: expected a whole number above 0, got the number 8.5",
-    "type: lora, lora: 8": "lora: unknown key; did you mean method.rank?",
+    "type: lora, lora_ran: 8": "lora_ran: unknown key; did you mean method.rank?",
     "type: lora, targets: []": "targets: expected text or a list of names (at least one), got an empty list",
     "type: lora, targets: [1]": "targets: expected text or a list of names (at least one), got a list",
-    "type: lora, targets: '(q'": "targets: not a regular expression: missing ), unterminated subpattern at position 0",
+    "type: lora, targets: '(q'": "targets: (q is not a regular expression: missing ), unterminated subpattern at"
+    " position 0",
     "type: adapter, non_linearity: gelu_new": "non_linearity: expected one of gelu, relu, silu, tanh, got the text"
     " 'gelu_new'; did you mean gelu?",
 }

@@ -4,12 +4,19 @@ import pytest
 import torch
 from torch import nn
 
+from ftkit.methods import lora
+from ftkit.methods.table import METHODS
+from ftkit.recipe.method_schema import AdapterMethod, FullMethod, LoraMethod
 from ftkit.recipe.schema import TrainingSection
-from ftkit.training.optim import every, learning_rate, make_optimizer, warmup_steps
+from ftkit.training.optim import every, learning_rate, make_optimizer, set_learning_rate, warmup_steps
 
 
 def section(**values):
     return TrainingSection.model_validate({"learning_rate": 1.0, **values})
+
+
+def alike(name):
+    return 1.0
 
 
 def rates(total, **values):
@@ -56,7 +63,7 @@ def test_cadence_takes_steps_or_a_share():
 def test_only_matrices_decay():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     named = dict(model.named_parameters())
-    optimizer = make_optimizer(named, section(weight_decay=0.1))
+    optimizer = make_optimizer(named, section(weight_decay=0.1), alike)
     decayed, others = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1
     assert {id(p) for p in decayed["params"]} == {id(named["0.weight"])}
@@ -66,8 +73,30 @@ def test_only_matrices_decay():
 
 def test_optimizer_follows_the_section():
     optimizer = make_optimizer(
-        {"w": nn.Parameter(torch.ones(2, 2))}, section(adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-4)
+        {"w": nn.Parameter(torch.ones(2, 2))}, section(adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-4), alike
     )
     assert optimizer.defaults["betas"] == (0.5, 0.6)
     assert optimizer.defaults["eps"] == 1e-4
     assert len(optimizer.param_groups) == 1
+
+
+def test_groups_learn_at_their_own_multiple_of_the_rate():
+    """LoRA+ on one A and one B of ones with a gradient of ones: AdamW's first step is the rate itself."""
+    named = {name: nn.Parameter(torch.ones(2, 2)) for name in ("q.lora_A", "q.lora_B")}
+    method = LoraMethod(type="lora", learning_rate_ratio=16.0)
+    optimizer = make_optimizer(named, section(), lambda name: lora.learning_rate_factor(name, method))
+    set_learning_rate(optimizer, 1e-3)
+    for parameter in named.values():
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(1.0 - named["q.lora_A"].detach(), torch.full((2, 2), 1e-3), rtol=1e-3, atol=0)
+    torch.testing.assert_close(1.0 - named["q.lora_B"].detach(), torch.full((2, 2), 16e-3), rtol=1e-3, atol=0)
+
+
+def test_only_b_learns_faster():
+    for method, part in (
+        (METHODS["full"], FullMethod(type="full")),
+        (METHODS["adapter"], AdapterMethod(type="adapter")),
+    ):
+        assert method.learning_rate_factor("q.lora_B", part) == 1.0
+    assert lora.learning_rate_factor("q.lora_B", LoraMethod(type="lora")) == 1.0
