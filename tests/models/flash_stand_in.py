@@ -1,5 +1,6 @@
-"""The two functions of the package flash-attn that transformers calls, written out for a CPU in float32."""
+"""The two functions of the package flash-attn that transformers calls, written out for a CPU and any precision."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ from transformers import PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 
 
-def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers find `flash_attention_2` installed and take the functions below."""
+def use_stand_in(monkeypatch: pytest.MonkeyPatch, packed: Callable[..., Tensor] | None = None) -> None:
+    """Let transformers find `flash_attention_2` installed and take the functions below, or `packed` for packed rows."""
     library = modeling_flash_attention_utils
-    functions = (flash_attn_func, flash_attn_varlen_func, None, library._pad_input, library._unpad_input)
+    functions = (flash_attn_func, packed or flash_attn_varlen_func, None, library._pad_input, library._unpad_input)
     for name in ("_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn"):
         monkeypatch.setattr(library, name, None)
     for name in ("_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn", "_loaded_implementation"):

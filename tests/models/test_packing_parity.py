@@ -3,10 +3,12 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.packing_parity import (
     ARCHITECTURES,
@@ -23,7 +25,8 @@ from ftkit.errors import UserError
 from ftkit.models import isolation
 from ftkit.models.isolation import ON_CPU, Arithmetic
 from ftkit.models.objective import Objective
-from tests.models.flash_stand_in import use_stand_in
+from tests.models import flash_stand_in
+from tests.tiny_models import tiny_config
 
 TOLERANCE = 1e-5
 """Of the loss, and of each parameter's gradient as a share of its largest entry.
@@ -147,7 +150,7 @@ def test_flash_attention_packs_by_positions(
     subjects: Subjects, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library's way to the kernels, with a stand-in for the kernels themselves, which need a GPU."""
-    use_stand_in(monkeypatch)
+    flash_stand_in.use_stand_in(monkeypatch)
     monkeypatch.setattr(isolation, "ON_GPU", Arithmetic("cpu", torch.float32, ON_CPU.tolerance, ON_CPU.clearly))
     subject = subjects(architecture)
     chosen, objective = prepare(subject, "flash_attention_2")
@@ -155,3 +158,33 @@ def test_flash_attention_packs_by_positions(
     assert "proven with flash_attention_2: off by" in chosen.reason
     for packed in (True, False):
         assert_equal_to_alone(objective, subject, packed=packed)
+
+
+def ignores_bounds(q: Tensor, k: Tensor, v: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+    return flash_stand_in.flash_attn_func(q[None], k[None], v[None], causal=True)[0]
+
+
+# transformers passes the arguments that it finds in the signature.
+@wraps(flash_stand_in.flash_attn_varlen_func, assigned=())
+def window_too_wide(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> Tensor:
+    wider = (window_size[0] + 1, window_size[1])
+    return flash_stand_in.flash_attn_varlen_func(*args, window_size=wider, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "found"),
+    [
+        (flash_stand_in.flash_attn_varlen_func, None),
+        (ignores_bounds, "a document's gradient reaches another one"),
+        (window_too_wide, "hidden states differ from the document alone"),
+    ],
+)
+def test_rounding_to_bfloat16_hides_no_broken_kernel(
+    kernel: Callable[..., Tensor], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tolerances of a proof on a GPU."""
+    flash_stand_in.use_stand_in(monkeypatch, packed=kernel)
+    monkeypatch.setattr(isolation, "ON_GPU", replace(isolation.ON_GPU, device_type="cpu"))
+    chosen = isolation.prove_isolation(tiny_config("mistral"), requested="flash_attention_2")
+    assert chosen.packed == (found is None), chosen.reason
+    assert found is None or f"position_ids: {found}" in chosen.reason
