@@ -88,7 +88,12 @@ def build(
     compute_dtype, reason = choose_compute_dtype(recipe.model.dtype, world.device)
 
     # 1. How documents share a row, which decides the attention function.
-    isolation = choose_packing(prepared.config, packing=recipe.data.packing, requested=recipe.model.attn_implementation)
+    isolation = choose_packing(
+        prepared.config,
+        packing=recipe.data.packing,
+        requested=recipe.model.attn_implementation,
+        device=world.device,
+    )
 
     # 2. Weights and what trains of them. Every rank draws dropout of its own.
     identity = identify(prepared.base)
