@@ -1,0 +1,137 @@
+"""What adapters add to a base: folded into a weight, or at run time, layer by layer; two routes to the same model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ftkit.artifacts.adapters import WeightedAdapter
+from ftkit.methods import lora
+from ftkit.methods.base import ComputeDelta
+from ftkit.methods.files import LORA, read_adapter
+from ftkit.models.load import BaseModel, load_config
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter's own weights, apart from any base."""
+
+    name: str
+    """As the user wrote it."""
+    weight: float
+    layers: Mapping[str, nn.Module]
+    """Path -> layer that computes base and adapter once it is lent the base's weight (`lend`)."""
+    deltas: Mapping[str, ComputeDelta]
+    """Name of a weight in the running model -> what merging at weight 1 adds to it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter adds to one weight."""
+
+    adapter: str
+    weight: float
+    delta: ComputeDelta
+
+
+@dataclass(frozen=True)
+class Update:
+    """What all adapters add to one weight; a `ComputeDelta`."""
+
+    parts: tuple[Part, ...]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The sum of the parts, in their order, each computed from the base's float32 weight."""
+        first, *others = self.parts
+        total = first.delta(weight) * first.weight
+        for part in others:
+            total.add_(part.delta(weight) * part.weight)
+        return total
+
+
+def load_adapter(adapter: WeightedAdapter, base: BaseModel) -> LoadedAdapter:
+    """Read an adapter of a base whose weights are not read.
+
+    Raises:
+        UserError: its files are damaged, or do not fit the base.
+    """
+    skeleton = build_skeleton(base)
+    section = lora.load(skeleton, adapter.directory)
+    _, state = read_adapter(adapter.directory, peft_type=LORA)
+    deltas = dict(lora.deltas(skeleton, state, section))
+    layers = {path: skeleton.get_submodule(path).eval() for path in map(path_of, deltas)}
+    return LoadedAdapter(adapter.target.label, adapter.weight, layers, deltas)
+
+
+def sum_updates(adapters: Sequence[LoadedAdapter]) -> dict[str, Update]:
+    """Name of a weight in the running model -> what all adapters add to it."""
+    parts: dict[str, list[Part]] = {}
+    for adapter in adapters:
+        for name, delta in adapter.deltas.items():
+            parts.setdefault(name, []).append(Part(adapter.name, adapter.weight, delta))
+    return {name: Update(tuple(of_weight)) for name, of_weight in parts.items()}
+
+
+def build_skeleton(base: BaseModel) -> PreTrainedModel:
+    """The model with names, shapes and layers, but without numbers: each parameter shows one zero and takes no memory.
+
+    It is on the CPU, not on the meta device, so that what an adapter puts into it is real.
+    """
+    config = load_config(base)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            nothing = torch.zeros(()).expand(parameter.shape)
+            setattr(module, name, nn.Parameter(nothing, requires_grad=False))
+    return model
+
+
+@contextmanager
+def applied(model: PreTrainedModel, adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
+    """Inside, every adapted layer adds what each adapter's own layer makes of the same input: nothing is folded."""
+    by_path: dict[str, list[tuple[float, nn.Module]]] = {}
+    for adapter in adapters:
+        for path, layer in adapter.layers.items():
+            by_path.setdefault(path, []).append((adapter.weight, layer))
+    with ExitStack() as stack:
+        for path, weighted in by_path.items():
+            module = model.get_submodule(path)
+            for _, layer in weighted:
+                stack.enter_context(lend(layer, module.get_parameter("weight"), getattr(module, "bias", None)))
+            handle = module.register_forward_hook(_adding(weighted))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def lend(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> Iterator[None]:
+    """Inside, `layer` computes with these in place of its own."""
+    own = layer.get_parameter("weight"), getattr(layer, "bias", None)
+    _set_weights(layer, weight, bias)
+    try:
+        yield
+    finally:
+        _set_weights(layer, *own)
+
+
+def path_of(weight_name: str) -> str:
+    """Path of the layer that a weight belongs to."""
+    return weight_name.removesuffix(".weight")
+
+
+def _set_weights(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    layer.register_parameter("weight", weight)
+    layer.register_parameter("bias", bias)
+
+
+def _adding(weighted: Sequence[tuple[float, nn.Module]]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        # `output` is the base's part of what each layer computes.
+        return output + sum(weight * (layer(*inputs) - output) for weight, layer in weighted)
+
+    return hook
