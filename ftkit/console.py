@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-WIDTH_WITHOUT_TERMINAL = 120
-"""Columns of tables in pipes and logs, where no terminal says its width."""
+WIDTH_WITHOUT_TERMINAL = 1000
+"""Columns in pipes and logs: tables are as wide as they need, and a program that reads them finds a row in one line."""
 
 
 class Console:

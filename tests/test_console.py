@@ -30,6 +30,17 @@ def test_the_log_gets_what_the_terminal_shows_every_line_with_its_rank(tmp_path)
     assert stream.getvalue().splitlines()[-1] == "after"
 
 
+def test_a_row_of_a_table_in_a_pipe_is_one_line():
+    stream = io.StringIO()
+    table = make_table("title", [("x" * 90, "left"), ("y" * 90, "right")])
+    table.add_row("a", "b")
+    Console(stream=stream).table(table)
+    title, header, row = stream.getvalue().splitlines()
+    assert title.strip() == "title"
+    assert header.split() == ["x" * 90, "y" * 90]
+    assert row.split() == ["a", "b"]
+
+
 def test_a_quiet_console_still_logs(tmp_path):
     stream = io.StringIO()
     console = Console(quiet=True, stream=stream)

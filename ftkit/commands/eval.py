@@ -35,6 +35,7 @@ def evaluate(
     from ftkit.evaluation.compare import evaluate_models
     from ftkit.evaluation.contestants import check_labels, leading_target, load_contestants
     from ftkit.methods.files import check_base, identify
+    from ftkit.methods.table import method_of
     from ftkit.models.load import choose_compute_dtype
     from ftkit.runs import find_target, recorded_base, write_json
 
@@ -83,8 +84,9 @@ def evaluate(
         write_json(output, report.to_json())
         console.line(f"written to {output}")
     if found.adapter is not None:
+        mergeable = method_of(found.adapter).merge_refusal is None
         console.line("next:")
-        console.line(f"  ftkit merge {target}")
+        console.line(f"  ftkit {'merge' if mergeable else 'export --format adapter'} {target}")
 
 
 def _tasks(
@@ -115,8 +117,13 @@ def _tasks(
 
 
 def _with_short_labels(targets: "list[Target]") -> "list[Target]":
-    """Paths by their last two parts, where that still tells them apart: tables are narrow."""
-    short = ["/".join(Path(t.label).parts[-2:]) if Path(t.label).exists() else t.label for t in targets]
+    """Files by their name, directories by their last two parts, where that still tells them apart."""
+    # A file's name says what it is; a directory's, such as `merged`, only together with the one above.
+    paths = [Path(target.label) for target in targets]
+    short = [
+        path.name if path.is_file() else "/".join(path.parts[-2:]) if path.exists() else target.label
+        for path, target in zip(paths, targets, strict=True)
+    ]
     if len(set(short)) < len(short):
         return targets
     return [replace(target, label=label) for target, label in zip(targets, short, strict=True)]

@@ -68,7 +68,18 @@ def test_eval_compares_with_the_base_on_the_rows_held_back(run, merged, tmp_path
     # The adapter switched off, and the base loaded by itself, are the same model.
     assert pairs[0]["perplexity"]["base"] == pytest.approx(pairs[1]["perplexity"]["base"], rel=1e-5)
     assert pairs[0]["perplexity"]["tuned"] == pytest.approx(pairs[1]["perplexity"]["tuned"], rel=1e-5)
-    assert "generated" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "generated" in out
+    assert out.count(f"\n  ftkit merge {run}\n") == 1
+
+
+def test_what_cannot_be_merged_is_not_told_to_be(tmp_path, capsys):
+    recipe = write_recipe(tmp_path, method="adapter", max_steps=1)
+    train(recipe, [f"output_dir={tmp_path / 'run'}"])
+    evaluate(str(tmp_path / "run"), limit=1)
+    out = capsys.readouterr().out
+    assert "ftkit merge" not in out
+    assert out.endswith(f"  ftkit export --format adapter {tmp_path / 'run'}\n")
 
 
 def test_eval_runs_a_suite_on_any_model(run, tmp_path):
