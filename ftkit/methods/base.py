@@ -130,7 +130,8 @@ def freeze(model: nn.Module) -> None:
 
 def train_in_float32(parameter: nn.Parameter) -> None:
     """Let a parameter train, as a float32 master of itself; the object stays, and with it tying."""
-    parameter.data = parameter.data.float()
+    # Contiguous: a parameter that only shows its shape gets memory to train in.
+    parameter.data = parameter.data.float().contiguous()
     parameter.requires_grad_(True)
 
 
