@@ -5,13 +5,11 @@ It covers Hugging Face's TrainingArguments, TRL, peft, axolotl and LLaMA-Factory
 what to do instead. The table is plain data; `recipe/names.py` applies it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-def _same(value: Any) -> Any:
-    return value
+from ftkit.recipe.foreign_values import as_share, choices, lower, module_names, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +18,7 @@ class Alias:
 
     key: str
     """The dotted key; for names inside a data set, relative to the data set."""
-    convert: Callable[[Any], Any] = _same
+    convert: Callable[[Any], Any] = same
     """The value in our terms. Values it does not know pass, for validation to refuse."""
 
 
@@ -32,48 +30,8 @@ class Refusal:
     how: str
 
 
-# ------------------------------------------------------------------------------------------------ converting values
-
-
-def _choices(meanings: Mapping[Any, Any]) -> Callable[[Any], Any]:
-    def convert(value: Any) -> Any:
-        # 1 == True: a number must not pass for a switch.
-        known = isinstance(value, str | bool) or value is None
-        return meanings.get(value, value) if known else value
-
-    return convert
-
-
-def _share(value: Any) -> Any:
-    """A ratio of 1 is the whole run, not one step: as a float it is refused."""
-    return float(value) if type(value) is int else value
-
-
-def _whole(value: Any) -> Any:
-    """3.0 -> 3: other tools have fractions of epochs."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _module_names(value: Any) -> Any:
-    """LLaMA-Factory's `all` and `q_proj,v_proj`."""
-    if not isinstance(value, str):
-        return value
-    if value in ("all", "all_linear"):
-        return "all-linear"
-    return [name.strip() for name in value.split(",")] if "," in value and "(" not in value else value
-
-
-def _initialisation(value: Any) -> Any:
-    """peft's `pissa_niter_4`."""
-    return "pissa" if isinstance(value, str) and value.startswith("pissa_niter_") else value
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-_PROMPT_TOO = _choices({True: "all", False: "assistant"})
-_ANSWER_ONLY = _choices({True: "assistant"})
+_PROMPT_TOO = choices({True: "all", False: "assistant"})
+_ANSWER_ONLY = choices({True: "assistant"})
 
 # ------------------------------------------------------------------------------------------------ reasons for refusals
 
@@ -161,34 +119,34 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "neat_packing": Alias("data.packing"),
     "train_on_inputs": Alias("data.train_on", _PROMPT_TOO),
     "train_on_prompt": Alias("data.train_on", _PROMPT_TOO),
-    "mask_history": Alias("data.train_on", _choices({True: "last_assistant", False: "assistant"})),
+    "mask_history": Alias("data.train_on", choices({True: "last_assistant", False: "assistant"})),
     "assistant_only_loss": Alias("data.train_on", _ANSWER_ONLY),
     "completion_only_loss": Alias("data.train_on", _ANSWER_ONLY),
     "enable_thinking": Alias("data.chat_template_kwargs.enable_thinking"),
     "finetuning_type": Alias("method.type"),
     "adapter_name_or_path": Alias("method.init_from"),
     "lora_model_dir": Alias("method.init_from"),
-    "peft_type": Alias("method.type", _lower),
-    "adapter": Alias("method.type", _choices({None: "full"})),
+    "peft_type": Alias("method.type", lower),
+    "adapter": Alias("method.type", choices({None: "full"})),
     "r": Alias("method.rank"),
     "lora_r": Alias("method.rank"),
     "lora_rank": Alias("method.rank"),
     "lora_alpha": Alias("method.alpha"),
     "lora_dropout": Alias("method.dropout"),
-    "target_modules": Alias("method.targets", _module_names),
-    "lora_target_modules": Alias("method.targets", _module_names),
-    "lora_target": Alias("method.targets", _module_names),
-    "lora_target_linear": Alias("method.targets", _choices({True: "all-linear"})),
+    "target_modules": Alias("method.targets", module_names),
+    "lora_target_modules": Alias("method.targets", module_names),
+    "lora_target": Alias("method.targets", module_names),
+    "lora_target_linear": Alias("method.targets", choices({True: "all-linear"})),
     "exclude_modules": Alias("method.exclude"),
     "use_rslora": Alias("method.rank_stabilized"),
     "peft_use_rslora": Alias("method.rank_stabilized"),
-    "init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
-    "peft_init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
+    "init_lora_weights": Alias("method.init", choices({True: "kaiming"})),
+    "peft_init_lora_weights": Alias("method.init", choices({True: "kaiming"})),
     "use_dora": Alias("method.dora"),
     "peft_use_dora": Alias("method.dora"),
     "loraplus_lr_ratio": Alias("method.learning_rate_ratio"),
-    "pissa_init": Alias("method.init", _choices({True: "pissa", False: "kaiming"})),
-    "additional_target": Alias("method.modules_to_save", _module_names),
+    "pissa_init": Alias("method.init", choices({True: "pissa", False: "kaiming"})),
+    "additional_target": Alias("method.modules_to_save", module_names),
     "lora_modules_to_save": Alias("method.modules_to_save"),
     "bottleneck_size": Alias("method.bottleneck"),
     "num_epochs": Alias("training.num_train_epochs"),
@@ -196,11 +154,11 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "lr": Alias("training.learning_rate"),
     "lr_scheduler": Alias("training.lr_scheduler_type"),
     "cosine_min_lr_ratio": Alias("training.min_lr_ratio"),
-    "warmup_ratio": Alias("training.warmup_steps", _share),
+    "warmup_ratio": Alias("training.warmup_steps", as_share),
     "optimizer": Alias("training.optim"),
     "gradient_clipping": Alias("training.max_grad_norm"),
     "activation_checkpointing": Alias("training.gradient_checkpointing"),
-    "load_best_model_at_end": Alias("training.final", _choices({True: "best", False: "last"})),
+    "load_best_model_at_end": Alias("training.final", choices({True: "best", False: "last"})),
     "effective_batch_size": Alias("training.global_batch_size"),
     "total_batch_size": Alias("training.global_batch_size"),
     # -- the same, inside a data set
@@ -311,35 +269,3 @@ FOREIGN: dict[str, Alias | Refusal] = {
 }
 """A name -> what it means. A dotted name is looked up first (`*` stands for any number in a list, `train` for data.eval
 too); a bare name counts at the top level and in the sections model, data, method and training."""
-
-CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "model.dtype": _choices({"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}),
-    "model.attn_implementation": _choices({"fa2": "flash_attention_2"}),
-    "data.packing": _choices({True: "auto", False: "off"}),
-    "data.train.*.format": _choices(
-        {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
-    ),
-    "method.type": _choices({"houlsby": "adapter", "bottleneck": "adapter"}),
-    "method.init": _initialisation,
-    "method.targets": _choices({"all_linear": "all-linear"}),
-    "training.num_train_epochs": _whole,
-    "training.optim": _choices(
-        dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw")
-    ),
-    "training.lr_scheduler_type": _choices({"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}),
-}
-"""Our key -> other tools' values in our terms."""
-
-_8BIT = "write adamw; its state takes 8 bytes a trained parameter"
-LATER_VALUES: dict[str, dict[Any, str]] = {
-    "method.type": {
-        "qlora": "write lora, with model.dtype: bfloat16",
-        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "oft", "freeze"), "write lora"),
-        "dora": "write lora, and set method.dora: true",
-    },
-    "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
-    "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),
-    "training.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, and set training.min_lr_ratio"},
-    "training.gradient_checkpointing": {int: "write true to recompute every block"},
-}
-"""Our key -> values (or a type of values) of later versions -> what to write instead."""

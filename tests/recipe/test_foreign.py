@@ -8,7 +8,8 @@ import pytest
 from transformers import TrainingArguments
 
 from ftkit.recipe import shape
-from ftkit.recipe.foreign import CONVERSIONS, FOREIGN, LATER_VALUES, Alias, Refusal
+from ftkit.recipe.foreign import FOREIGN, Alias, Refusal
+from ftkit.recipe.foreign_values import CONVERSIONS, LATER_VALUES
 from ftkit.recipe.names import FLAT, canonical
 from tests.recipe.recipes import BASE, load, problems
 
