@@ -1,8 +1,8 @@
 """What other tools' names mean here, and the keys of later versions of ftkit: one table.
 
-It covers Hugging Face's TrainingArguments, TRL, peft, axolotl and LLaMA-Factory. A name that means the same is an
-`Alias`; it may stand in its section or at the top level, like every key of ours. Anything else is a `Refusal` that says
-what to do instead. The table is plain data; `recipe/names.py` applies it.
+It covers Hugging Face's TrainingArguments, TRL, peft, axolotl, LLaMA-Factory and AdapterHub's bottleneck adapters. A
+name that means the same is an `Alias`; it may stand in its section or at the top level, like every key of ours.
+Anything else is a `Refusal` that says what to do instead. The table is plain data; `recipe/names.py` applies it.
 """
 
 from collections.abc import Callable
@@ -32,6 +32,7 @@ class Refusal:
 
 _PROMPT_TOO = choices({True: "all", False: "assistant"})
 _ANSWER_ONLY = choices({True: "assistant"})
+_INSERTION = choices({True: "parallel", False: "sequential"})
 
 # ------------------------------------------------------------------------------------------------ reasons for refusals
 
@@ -77,6 +78,9 @@ _TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
 _SAVED_MODULES = _later("name the whole module in method.modules_to_save")
+_PLACEMENT = _use("set method.placement: [attention, feed_forward], or one of them")
+_ADAPTER_NORMS = Refusal("adapters come before the residual sum and before a norm that follows it", "remove it")
+_ADAPTER_VARIANT = _later("leave it out; method.insertion, scale and dropout can be chosen")
 _MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
 _SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")
 _CHECKPOINTING = _use("set training.gradient_checkpointing: true or false")
@@ -149,6 +153,12 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "additional_target": Alias("method.modules_to_save", module_names),
     "lora_modules_to_save": Alias("method.modules_to_save"),
     "bottleneck_size": Alias("method.bottleneck"),
+    "adapter_size": Alias("method.bottleneck"),
+    "adapter_dropout": Alias("method.dropout"),
+    "method.parallel": Alias("method.insertion", _INSERTION),
+    "is_parallel": Alias("method.insertion", _INSERTION),
+    "use_parallel_adapter": Alias("method.insertion", _INSERTION),
+    "scaling": Alias("method.scale"),
     "num_epochs": Alias("training.num_train_epochs"),
     "epochs": Alias("training.num_train_epochs"),
     "lr": Alias("training.learning_rate"),
@@ -194,7 +204,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     # -- later versions of ftkit
     "master_dtype": _later("leave it out; trained weights are float32"),
     "quantization": _QUANTIZATION,
-    "placement": _later("leave it out; adapters follow attention and feed-forward, as in the paper"),
     "torch_compile": _later("leave it out"),
     "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
     "report_to": _TRACKERS,
@@ -249,6 +258,10 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),
     **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
     **_group(_SAVED_MODULES, "trainable_token_indices unfrozen_parameters"),
+    **_group(_PLACEMENT, "mh_adapter output_adapter"),
+    **_group(_ADAPTER_NORMS, "original_ln_before original_ln_after residual_before_ln adapter_residual_before_ln"),
+    **_group(_ADAPTER_VARIANT, "ln_before ln_after cross_adapter inv_adapter leave_out use_gating phm_layer"),
+    **_group(_ADAPTER_VARIANT, "init_weights stochastic_depth"),
     **_group(_MODEL_LOADING, "model_init_kwargs low_cpu_mem_usage model_type is_llama_derived_model use_cache"),
     **_group(_SUPERVISED, "stage rl pref_beta pref_loss ref_model reward_model task_type use_peft"),
     **_group(_CHECKPOINTING, "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant"),
@@ -262,7 +275,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_TRAINER_ONLY, "torch_compile_mode torch_empty_cache_steps prediction_loss_only eval_do_concat_batches"),
     **_group(_TRAINER_ONLY, "eval_use_gather_object include_for_metrics greater_is_better strict plugins"),
     **_group(_TRAINER_ONLY, "truncation_mode router_aux_loss_coef"),
-    "reduction_factor": _use("set method.bottleneck = the model's width ÷ reduction_factor"),
     "early_stopping_threshold": _use("set training.early_stopping_patience alone"),
     "train_on_eos": Refusal("the end of every trained turn is a target", "remove it"),
     "roles_to_train": _use("set data.train_on: assistant, last_assistant or all"),

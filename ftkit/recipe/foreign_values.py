@@ -49,6 +49,27 @@ def lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def non_linearity(value: Any) -> Any:
+    """torch's names of classes: LeakyReLU -> leaky_relu."""
+    return value.lower().replace("leakyrelu", "leaky_relu") if isinstance(value, str) else value
+
+
+ADAPTER_PRESETS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("bottleneck", "houlsby", "double_seq_bn")},
+    **{name: {"placement": ["feed_forward"]} for name in ("pfeiffer", "seq_bn")},
+    "par_bn": {"placement": ["feed_forward"], "insertion": "parallel"},
+}
+"""AdapterHub's names of bottleneck adapters -> where these lie in our terms; their sizes are the recipe's."""
+
+
+def adapter_preset(section: Any) -> Any:
+    """{type: pfeiffer} -> {type: adapter, placement: [feed_forward]}; keys that are given win."""
+    name = section.get("type") if isinstance(section, dict) else None
+    if not isinstance(name, str) or name not in ADAPTER_PRESETS:
+        return section
+    return {**ADAPTER_PRESETS[name], **section, "type": "adapter"}
+
+
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "model.dtype": choices({"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}),
     "model.attn_implementation": choices({"fa2": "flash_attention_2"}),
@@ -56,7 +77,8 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "data.train.*.format": choices(
         {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
     ),
-    "method.type": choices({"houlsby": "adapter", "bottleneck": "adapter"}),
+    "method": adapter_preset,
+    "method.non_linearity": non_linearity,
     "method.init": initialisation,
     "method.targets": choices({"all_linear": "all-linear"}),
     "training.num_train_epochs": as_whole,
