@@ -79,7 +79,9 @@ _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove i
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
 _SAVED_MODULES = _later("name the whole module in method.modules_to_save")
 _PLACEMENT = _use("set method.placement: [attention, feed_forward], or one of them")
-_ADAPTER_NORMS = Refusal("adapters come before the residual sum and before a norm that follows it", "remove it")
+_ADAPTER_NORMS = Refusal(
+    "bottleneck adapters come before the residual sum and before a norm that follows it", "remove it"
+)
 _ADAPTER_VARIANT = _later("leave it out; method.insertion, scale and dropout can be chosen")
 _MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
 _SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")

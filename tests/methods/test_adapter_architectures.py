@@ -97,6 +97,7 @@ def test_saved_loaded_and_switched_off(architecture, form, tmp_path):
     if not section_of(form).train_norms:
         with adapter.disabled(model):
             assert torch.equal(logits(model), logits(base))
+            assert all(each.input is None for each in adapters(model).values()), "an activation is kept alive"
 
 
 @pytest.mark.parametrize("form", ["houlsby", "parallel", "parallel, feed-forward"])

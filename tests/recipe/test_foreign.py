@@ -222,8 +222,8 @@ def test_keys_of_adapterhub_that_ftkit_chooses_itself(tmp_path: Path) -> None:
         " of them",
         "recipe.yaml:8: method.ln_before: not in this version; leave it out; method.insertion, scale and dropout can be"
         " chosen",
-        "recipe.yaml:9: method.original_ln_before: adapters come before the residual sum and before a norm that follows"
-        " it; remove it",
+        "recipe.yaml:9: method.original_ln_before: bottleneck adapters come before the residual sum and before a norm"
+        " that follows it; remove it",
     ]
 
 
