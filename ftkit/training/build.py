@@ -57,6 +57,8 @@ class Built:
             f"method     {self.method.name}: trains {human_count(r.trainable_parameters)} of "
             f"{human_count(r.total_parameters)} parameters ({100 * r.share:.2f}%), {human_bytes(r.saved_bytes)} on disk"
         )
+        if r.places:
+            console.line(f"places     {', '.join(r.places)}")
         console.line(f"precision  {self.precision}")
         console.line(f"packing    {self.isolation.reason}")
         world = self.loop.world
