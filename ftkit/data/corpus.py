@@ -150,7 +150,8 @@ def _write_rows(
     def batches() -> Iterator[pa.RecordBatch]:
         for read in work(worker, parts, here=MIN_PARALLEL // BATCH):
             reading.add(read)
-            progress(f"reading {name}", reading.kept, 0)
+            if reading.kept >= BATCH:
+                progress(f"reading {name}", reading.kept, 0)
             yield read.rows
 
     write_table(directory / ROWS, ROW_SCHEMA, batches())

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ftkit.data.straight_templates import MOST_MESSAGES, Frame, fill, find_frame, is_straight, probe
+from ftkit.data.straight_templates import MOST_MESSAGES, Frame, fill, find_frame, is_straight, probe, special_tokens_of
 
 _PLAIN = {"role", "content"}
 _MOST_SHAPES = 4096
@@ -33,8 +33,6 @@ class DirectRenderer:
         self._usable = method is PreTrainedTokenizerBase.apply_chat_template and _is_plain_data(self._kwargs)
         self._compared: set[tuple[Any, ...]] = set()
         self._frames: dict[tuple[Any, ...], Frame] = {}
-        self._special_tokens: dict[str, Any] = {}
-        """Those that the frames were made with."""
 
     def render(
         self,
@@ -74,10 +72,8 @@ class DirectRenderer:
         template, generation_prompt, *_ = shape
         if not is_straight(template) or not all(message["content"].strip() for message in messages):
             return None
-        special_tokens = self._tokenizer.special_tokens_map
-        if special_tokens != self._special_tokens:
-            self._frames.clear()
-            self._special_tokens = special_tokens
+        special_tokens = [getattr(self._tokenizer, name, None) for name in special_tokens_of(template)]
+        shape = (*shape, *special_tokens)
         if shape not in self._frames:
             if len(messages) > MOST_MESSAGES:
                 return None

@@ -44,7 +44,7 @@ def _work_elsewhere(worker: Callable[[Part], Result], first: Part, rest: Iterato
     # Not forked from here: this process has threads, of torch and of the tokenizers, which a fork would break. The
     # server has none of these. It imports what its children need, once for all.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ftkit.data.encoding", "transformers.tokenization_utils_tokenizers"])
+    context.set_forkserver_preload(["__main__", "ftkit.data.encoding", "transformers.tokenization_utils_tokenizers"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(worker,))
     try:
         ahead: list[Future[Any]] = [pool.submit(_work, first)]

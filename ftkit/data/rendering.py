@@ -169,4 +169,5 @@ def _others(messages: Sequence[TemplateMessage]) -> set[int]:
 
 def _up_to_last_span(example: RenderedExample) -> RenderedExample:
     """Without what comes after the last turn: nothing there is trained on."""
-    return replace(example, text=example.text[: example.spans[-1][1]])
+    text = example.text[: example.spans[-1][1]]
+    return RenderedExample(text, example.spans, example.answers, example.turns, example.num_messages)

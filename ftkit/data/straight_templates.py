@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
-from jinja2 import nodes
+from jinja2 import meta, nodes
 
 TEXT = "content"
 _PADDING = "\u2003"
@@ -43,13 +43,17 @@ def is_straight(template: str) -> bool:
     Raises:
         TemplateSyntaxError: it is no Jinja that transformers could read.
     """
-    # Transformers has no public name for it.
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
     if _PADDING in template:
         return False
-    tree = _compile_jinja_template(template).environment.parse(template)
+    tree = _parse(template)
     return not any(True for _ in tree.find_all(_ELSEWHERE)) and _Reading(tree).is_straight
+
+
+@lru_cache(maxsize=64)
+def special_tokens_of(template: str) -> tuple[str, ...]:
+    """Names of the tokenizer's special tokens that the template asks for, e.g. bos_token."""
+    names = meta.find_undeclared_variables(_parse(template))
+    return tuple(sorted(name for name in names if name.endswith(("_token", "_tokens"))))
 
 
 def probe(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,6 +85,14 @@ def fill(frame: Frame, messages: Sequence[dict[str, Any]]) -> str:
             text = messages[index][TEXT]
             pieces.append(text.strip() if trimmed else text)
     return "".join(pieces)
+
+
+def _parse(template: str) -> nodes.Template:
+    # Transformers has no public name for it.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tree: nodes.Template = _compile_jinja_template(template).environment.parse(template)
+    return tree
 
 
 class _Reading:

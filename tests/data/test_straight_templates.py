@@ -19,8 +19,8 @@ STRAIGHT = {
     "{{ c }}{% endfor %}",
     "by place": "{% for m in messages %}{% if messages[loop.index0 - 1].role == 'user' %}{{ m.content }}{% endif %}"
     "{% endfor %}",
-    "by the neighbours": "{% for m in messages %}{{ m.content }}{% if not loop.last and loop.nextitem.role == 'assistant' %}!{% endif %}"
-    "{% endfor %}",
+    "by the neighbours": "{% for m in messages %}{{ m.content }}"
+    "{% if not loop.last and loop.nextitem.role == 'assistant' %}!{% endif %}{% endfor %}",
     "without the system": "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}"
     "{% set messages = messages[1:] %}{% else %}{% set s = 'You help.' %}{% endif %}"
     "{{ s }}{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}",
