@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ftkit.artifacts.adapters import WeightedAdapter
-from ftkit.errors import UserError
+from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods import lora
 from ftkit.methods.base import ComputeDelta, Replacement
 from ftkit.methods.files import LORA, read_adapter
@@ -50,6 +50,11 @@ class Update:
 
     parts: tuple[Part, ...]
 
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether one of the parts does."""
+        return any(part.delta.depends_on_weight for part in self.parts)
+
     def __call__(self, weight: Tensor) -> Tensor:
         """The sum of the parts, in their order, each computed from the base's float32 weight."""
         first, *others = self.parts
@@ -64,11 +69,15 @@ def load_adapter(adapter: WeightedAdapter, base: BaseModel) -> LoadedAdapter:
 
     Raises:
         UserError: its files are damaged, or do not fit the base.
+        CheckFailedError: one of its tensors would be left out.
     """
     skeleton = build_skeleton(base)
     section = lora.load(skeleton, adapter.directory)
     _, state = read_adapter(adapter.directory, peft_type=LORA)
     deltas = dict(lora.deltas(skeleton, state, section))
+    if lost := [key for key in state if lora.named_weight(key) not in deltas]:
+        what = f"{lost[0]} of {adapter.directory} would go into no weight of the base"
+        raise CheckFailedError(what, how="use the adapter without merging, and report this")
     paths = [path_of(name) for name, delta in deltas.items() if not isinstance(delta, Replacement)]
     layers = {path: skeleton.get_submodule(path).eval() for path in paths}
     return LoadedAdapter(adapter.target.label, adapter.weight, layers, deltas)
@@ -88,14 +97,19 @@ def sum_updates(adapters: Sequence[LoadedAdapter]) -> dict[str, ComputeDelta]:
 
 
 def _update(name: str, parts: Sequence[Part]) -> ComputeDelta:
-    replacing = next((part for part in parts if isinstance(part.delta, Replacement)), None)
-    if replacing is None:
+    """Raises a UserError where a weight that trained in full would have to be scaled, added to or taken off."""
+    replacing = [part for part in parts if isinstance(part.delta, Replacement)]
+    if not replacing:
         return Update(tuple(parts))
-    if len(parts) > 1 or replacing.weight != 1.0:
-        # The tuned weight takes the place of the base's: there is nothing that could be added up.
-        what = f"{replacing.adapter} trained {path_of(name)} in full (modules_to_save)"
-        raise UserError(what, how="merge it at weight 1, and with adapters that leave this module alone")
-    return replacing.delta
+    # One takes the place of the base's weight, and of what others that are subtracted had put there.
+    placed = [part for part in replacing if part.weight == 1.0]
+    others = [part for part in parts if part not in placed]
+    if len(placed) == 1 and all(part in replacing and part.weight == -1.0 for part in others):
+        return placed[0].delta
+    what = f"{replacing[0].adapter} trained {path_of(name)} in full (modules_to_save)"
+    if replacing[0].weight < 0 and len(parts) == 1:
+        raise UserError(f"{what}: what it replaced is gone", how="use the base that it was merged into")
+    raise UserError(what, how="merge it at weight 1, and with adapters that leave this module alone")
 
 
 def build_skeleton(base: BaseModel) -> PreTrainedModel:

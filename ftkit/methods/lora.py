@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
 from ftkit.methods.base import (
-    ComputeDelta,
     Delta,
     Gather,
     Replacement,
@@ -134,7 +134,8 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMet
         a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
         assert a_RI is not None, path
         assert b_OR is not None, path
-        yield f"{path}.weight", _delta(a_RI, b_OR, magnitude_O, _scale(section, path), isinstance(module, Conv1D))
+        transposed = isinstance(module, Conv1D)
+        yield f"{path}.weight", LowRankDelta(a_RI, b_OR, magnitude_O, _scale(section, path), transposed)
     replacements: dict[int, Replacement] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (tuned := state.get(f"{PREFIX}{name}")) is not None:
@@ -177,10 +178,18 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
 
 def adapted_paths(state: Iterable[str]) -> list[str]:
     """Paths of the layers that have weights of LoRA among the names of a saved state."""
-    parts = [
-        (key.removeprefix(PREFIX), suffix) for key in state for suffix in (A, B, MAGNITUDE) if key.endswith(suffix)
-    ]
-    return list(dict.fromkeys(name.removesuffix(suffix) for name, suffix in parts))
+    return list(dict.fromkeys(path_of(key) for key in state if key.endswith((A, B, MAGNITUDE))))
+
+
+def named_weight(key: str) -> str:
+    """Name of the base weight that a tensor of a saved state belongs to."""
+    return f"{path_of(key)}.weight" if key.endswith((A, B, MAGNITUDE)) else key.removeprefix(PREFIX)
+
+
+def path_of(key: str) -> str:
+    """Path of the layer that a LoRA's tensor in a saved state belongs to."""
+    name = key.removeprefix(PREFIX)
+    return next(name.removesuffix(part) for part in (A, B, MAGNITUDE) if name.endswith(part))
 
 
 def _section_of_peft(model: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> LoraMethod:
@@ -228,15 +237,29 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
             yield path, module
 
 
-def _delta(a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None, scale: float, transposed: bool) -> ComputeDelta:
-    def compute(weight: Tensor) -> Tensor:
-        # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
-        delta_OI = (b_OR.float() @ a_RI.float()) * scale
-        if magnitude_O is not None:
-            weight_OI = weight.t() if transposed else weight
-            tuned_OI = weight_OI + delta_OI
-            gains_O = gains(magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
-            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
-        return delta_OI.t() if transposed else delta_OI
+@dataclass(frozen=True, eq=False)
+class LowRankDelta:
+    """The `ComputeDelta` of a LoRA."""
 
-    return compute
+    a_RI: Tensor
+    b_OR: Tensor
+    magnitude_O: Tensor | None
+    scale: float
+    transposed: bool
+    """Whether the weight is [I, O]."""
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """With DoRA, which takes the weight's direction and gives it another length."""
+        return self.magnitude_O is not None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """scale * B A; with DoRA m * V / |V| - W."""
+        # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
+        delta_OI = (self.b_OR.float() @ self.a_RI.float()) * self.scale
+        if self.magnitude_O is not None:
+            weight_OI = weight.t() if self.transposed else weight
+            tuned_OI = weight_OI + delta_OI
+            gains_O = gains(self.magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
+            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
+        return delta_OI.t() if self.transposed else delta_OI

@@ -246,11 +246,15 @@ def test_a_file_that_is_wrong_in_one_tensor_is_rejected(
 ) -> None:
     pair = write_pair(tmp_path)
 
-    def save_altered(state: dict[str, Tensor], path: Path, **keywords: Any) -> None:
-        altered = {name: alter(name, tensor) for name, tensor in state.items()}
-        save_file({name: tensor for name, tensor in altered.items() if tensor is not None}, path, **keywords)
+    rewrite = merging.rewrite
 
-    monkeypatch.setattr(weights, "save_file", save_altered)
+    def rewrite_and_alter(source: Path, target: Path, *arguments: Any, **keywords: Any) -> None:
+        rewrite(source, target, *arguments, **keywords)
+        file = target / "model.safetensors"
+        altered = {name: alter(name, tensor) for name, tensor in load_file(file).items()}
+        save_file({name: tensor for name, tensor in altered.items() if tensor is not None}, file, {"format": "pt"})
+
+    monkeypatch.setattr(merging, "rewrite", rewrite_and_alter)
     with pytest.raises(CheckFailedError, match=message) as caught:
         merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert caught.value.exit_code == 6
