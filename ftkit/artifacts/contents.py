@@ -100,25 +100,39 @@ def contents_from(values: Mapping[str, Any]) -> Contents:
     return Contents(bases, tuple(Contained(**adapter) for adapter in values["adapters"]), values["passes"])
 
 
-def check_merge(adapter: Merged, trained_on: BaseIdentity, contents: Contents, here: BaseIdentity) -> bool:
-    """Check that `adapter` belongs to a model, or to one that the model is made from; in the second case True.
+def check_base_of(adapter: Merged, trained_on: BaseIdentity, contents: Contents, here: BaseIdentity) -> bool:
+    """Check that `adapter` belongs to a model, or to one that the model is made from: in the second case True.
 
     Args:
         trained_on: the adapter's base, as far as it is known.
         here: the identity of the model.
 
     Raises:
-        UserError: it belongs to another, or more of it is to be subtracted than there is; both identities are named.
+        UserError: it belongs to another; both are named.
     """
     if trained_on.fingerprint not in {base.fingerprint for base in contents.bases}:
         check_base(adapter.directory, trained_on, here)
-    if trained_on.fingerprint == here.fingerprint or contents.passes == 0:
-        return False
-    there = next((one.weight for one in contents.adapters if one.fingerprint == adapter.fingerprint), 0.0)
-    if adapter.weight < 0 and there + adapter.weight < -NOTHING:
-        name = f"{adapter.directory} ({adapter.fingerprint})"
-        if there > 0:
-            what = f"{here} contains {name} at weight {there:g}, not {-adapter.weight:g}"
-            raise UserError(what, how=f"subtract what there is: {adapter.directory}:-{there:g}")
-        raise UserError(f"{here} does not contain {name}: it is {contents}", how="subtract what it contains")
-    return True
+    return trained_on.fingerprint != here.fingerprint and contents.passes > 0
+
+
+def check_subtracted(subtracted: Sequence[Merged], before: Contents, after: Contents, here: BaseIdentity) -> None:
+    """Check that a merged model contains what is subtracted from it.
+
+    Args:
+        subtracted: adapters that belong to a model that it is made from, at weights below zero.
+        before: what the model is made of.
+        after: what will be left.
+        here: the identity of the model.
+
+    Raises:
+        UserError: it does not, or less of it; both identities are named.
+    """
+    left = {contained.fingerprint: contained.weight for contained in after.adapters}
+    there = {contained.fingerprint: contained.weight for contained in before.adapters}
+    for adapter in subtracted:
+        name, weight = f"{adapter.directory} ({adapter.fingerprint})", there.get(adapter.fingerprint, 0.0)
+        if left.get(adapter.fingerprint, 0.0) < 0 and weight > 0:
+            what = f"{here} contains {name} at weight {weight:g}, less than is subtracted"
+            raise UserError(what, how=f"subtract what there is: {adapter.directory}:{-weight:g}")
+        if left.get(adapter.fingerprint, 0.0) < 0:
+            raise UserError(f"{here} does not contain {name}: it is {before}", how="subtract what it contains")

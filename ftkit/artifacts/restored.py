@@ -68,7 +68,7 @@ def compare_with_base(contents: Contents, source: Path, result: Path, original: 
         return Restored(base.name, base.fingerprint, False, None, reason)
     distance = measure(local_directory(original, weights=True), source, result)
     if distance.differing == 0:
-        reason = "every weight is the base's, in files that are laid out otherwise or of another precision"
+        reason = "every value is the base's, in files of another layout or precision, or with another sign of a zero"
     elif contents.passes > 1:
         reason = f"{contents.passes} merges rounded the weights before"
     elif distance.beyond_rounding:
@@ -115,7 +115,8 @@ def measure(original: Path, merged: Path, result: Path) -> Distance:
                 ulps = max(ulps, int((_ordered(cast) - _ordered(left)).abs().max()))
                 gap = (base.double() - left.double()).abs()
                 difference = max(difference, float((cast.double() - left.double()).abs().max()))
-                beyond += int((gap > 1.01 * (_step(between) + _step(left)) / 2).sum())
+                # Twice what two roundings can be: several adapters may be summed in another order than before.
+                beyond += int((gap > _step(between) + _step(left)).sum())
     return Distance(elements, differing, ulps, difference, beyond)
 
 
@@ -134,6 +135,5 @@ def _step(values: Tensor) -> Tensor:
     """float64: distance from each value's magnitude to the next larger one in its precision."""
     precision = torch.finfo(values.dtype)
     exponent = torch.frexp(values.double()).exponent
-    return torch.ldexp(torch.tensor(precision.eps, dtype=torch.float64), exponent - 1).clamp_min(
-        precision.tiny * precision.eps
-    )
+    step = torch.exp2(exponent.double() - 1) * precision.eps
+    return torch.where(values == 0, 0.0, step).clamp_min(precision.tiny * precision.eps)

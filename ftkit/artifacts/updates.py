@@ -30,6 +30,11 @@ class LoadedAdapter:
     """Name of a weight in the running model -> what merging at weight 1 adds to it."""
 
     @property
+    def depends_on_weight(self) -> bool:
+        """Whether what it adds depends on the base's weights (DoRA); what replaces them does not."""
+        return any(delta.depends_on_weight for name, delta in self.deltas.items() if name not in self.replacements)
+
+    @property
     def replacements(self) -> dict[str, Replacement]:
         """Those of the deltas whose weight trained in full."""
         return {name: delta for name, delta in self.deltas.items() if isinstance(delta, Replacement)}
@@ -171,6 +176,17 @@ def _replaced(model: nn.Module, name: str, tuned: Tensor) -> Iterator[None]:
         module.register_parameter(own_name, own)
 
 
+def sum_layers(weighted: Sequence[tuple[float, nn.Module]], inputs: tuple[Any, ...], base: Tensor) -> Tensor:
+    """What adapters add to the output of a layer.
+
+    Args:
+        weighted: weight and layer of each adapter, the layers lent the base's weight.
+        base: what the layer computes without adapters, which is part of what each of theirs computes.
+    """
+    total: Tensor = sum(weight * (layer(*inputs) - base) for weight, layer in weighted)
+    return total
+
+
 def path_of(weight_name: str) -> str:
     """Path of the layer that a weight belongs to."""
     return weight_name.rpartition(".")[0]
@@ -183,7 +199,6 @@ def _set_weights(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | No
 
 def _adding(weighted: Sequence[tuple[float, nn.Module]]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        # `output` is the base's part of what each layer computes.
-        return output + sum(weight * (layer(*inputs) - output) for weight, layer in weighted)
+        return output + sum_layers(weighted, inputs, output)
 
     return hook

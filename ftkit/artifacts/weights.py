@@ -18,32 +18,6 @@ from ftkit.methods.base import ComputeDelta, merged_weight
 from ftkit.models.files import INDEX_NAME, read_json, weight_files
 
 
-def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: str) -> dict[str, ComputeDelta]:
-    """The deltas under the names that their weights have in the files of `source`.
-
-    Args:
-        names: name in the running model -> delta.
-        prefix: the model's `base_model_prefix`, which some files leave out (GPT-2: `h.0...` for `transformer.h.0...`).
-
-    Raises:
-        CheckFailedError: a weight is in no file; it would stay unmerged in silence.
-    """
-    stored = {name for path in weight_files(source) for name in _names(path)}
-    found: dict[str, ComputeDelta] = {}
-    for name, delta in names.items():
-        candidates = (name, name.removeprefix(f"{prefix}."))
-        found |= {candidate: delta for candidate in candidates if candidate in stored}
-    # A tied weight has several names with the same delta, of which files may hold one or all.
-    in_files = set(found.values())
-    for name, delta in names.items():
-        if delta not in in_files:
-            raise CheckFailedError(
-                f"{name} is adapted, but no weight file of {source} holds it under this name",
-                how="save the base anew with transformers' save_pretrained, or use the adapter without merging",
-            )
-    return found
-
-
 def rewrite(
     source: Path, target: Path, deltas: Mapping[str, ComputeDelta], *, dtype: torch.dtype | None = None
 ) -> None:
@@ -154,6 +128,11 @@ class TensorFiles:
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor that is not read."""
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return shape
 
     def __enter__(self) -> "TensorFiles":
         return self
