@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from ftkit.artifacts.updates import path_of
 from ftkit.artifacts.weights import TensorFiles
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods.base import ComputeDelta, Replacement
@@ -37,7 +38,7 @@ class Layout:
     model: PreTrainedModel
     """Tells names and shapes; see `build_skeleton`."""
     pieces: Mapping[str, tuple[str, ...]]
-    _cut: tuple[str, dict[str, Tensor]] = field(default=("", {}), repr=False)
+    _cut: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def in_files(self, deltas: Mapping[str, ComputeDelta]) -> dict[str, ComputeDelta]:
         """The deltas under the names that their weights have in the files.
@@ -65,12 +66,17 @@ class Layout:
         return self._joined(name, {piece: files[piece] for piece in pieces}) if self._is_cut(name) else files[pieces[0]]
 
     def piece_of_delta(self, name: str, piece: str, delta: ComputeDelta) -> Tensor:
-        """What is added to a piece. That of the last whole weight is kept: its pieces follow each other in a file."""
-        if self._cut[0] != name:
-            self._cut = "", {}  # freed before the next one is computed
+        """What is added to a piece.
+
+        Those of the last module are kept: files hold its weights one after another, expert by expert.
+        """
+        if name not in self._cut:
+            for other in list(self._cut):
+                if path_of(other) != path_of(name):
+                    del self._cut[other]
             # Shapes alone: an update that does not depend on the weight does not look at it.
-            self._cut = name, self._cut_up(name, delta(self.model.get_parameter(name)))
-        return self._cut[1][piece]
+            self._cut[name] = self._cut_up(name, delta(self.model.get_parameter(name)))
+        return self._cut[name][piece]
 
     def _is_cut(self, name: str) -> bool:
         return len(self.pieces.get(name, ())) > 1 and name not in self.pieces[name]
