@@ -1,4 +1,4 @@
-"""Rewriting the safetensors files of a model, one tensor in memory at a time: weights changed by name, others copied."""
+"""Rewriting the safetensors files of a model, one tensor in memory at a time: some changed by name, others copied."""
 
 import json
 import shutil

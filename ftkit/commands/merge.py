@@ -1,4 +1,4 @@
-"""`ftkit merge`: fold LoRA adapters into the base weights or take them off again, and prove that nothing else changed."""
+"""`ftkit merge`: fold LoRA adapters into the base weights, or take them off again, and prove the result."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

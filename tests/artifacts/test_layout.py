@@ -115,7 +115,7 @@ def test_the_pieces_of_an_update_are_computed_at_once(tmp_path: Path) -> None:
     whole = delta(torch.empty(8, 128, 32))
     assert torch.equal(computed["model.layers.0.block_sparse_moe.experts.3.w3.weight"], whole[3, 64:])
     assert computed["model.layers.0.block_sparse_moe.experts.7.w2.weight"].shape == (32, 64)
-    with pytest.raises(UserError, match="hold .*gate_up_proj in pieces, and its update needs all of it at once"):
+    with pytest.raises(UserError, match=r"hold .*gate_up_proj in pieces, and its update needs all of it at once"):
         layout.in_files({EXPERTS: Dependent()})
     assert isinstance(next(iter(layout.in_files({EXPERTS: Replacement(whole)}).values())), Replacement)
 

@@ -263,7 +263,7 @@ def test_modules_that_trained_in_full_are_switched_and_not_undone(tmp_path: Path
         write_lora(pair.base, section, tmp_path / name, seed=seed)
         targets.append(Target(name, pair.base, tmp_path / name, tmp_path / name, None, pair.base))
     merge([WeightedAdapter(targets[0])], tmp_path / "merged", proof="none")
-    with pytest.raises(UserError, match="trained lm_head in full .* what it replaced is gone; use the base"):
+    with pytest.raises(UserError, match=r"trained lm_head in full .* what it replaced is gone; use the base"):
         merge([on(targets[0], tmp_path / "merged", -1.0)], tmp_path / "undone")
     merge([on(targets[0], tmp_path / "merged", -1.0), on(targets[1], tmp_path / "merged")], tmp_path / "switched")
     tuned = load_file(tmp_path / "new" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
