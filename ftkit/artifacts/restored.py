@@ -112,12 +112,17 @@ def measure(original: Path, merged: Path, result: Path) -> Distance:
                 differing += int((cast != left).sum())
                 if not left.is_floating_point():
                     continue
-                ulps = max(ulps, int((_ordered(cast) - _ordered(left)).abs().max()))
+                ulps = max(ulps, int(steps_between(cast, left).max()))
                 gap = (base.double() - left.double()).abs()
                 difference = max(difference, float((cast.double() - left.double()).abs().max()))
                 # Twice what two roundings can be: several adapters may be summed in another order than before.
                 beyond += int((gap > _step(between) + _step(left)).sum())
     return Distance(elements, differing, ulps, difference, beyond)
+
+
+def steps_between(one: Tensor, other: Tensor) -> Tensor:
+    """int64: how many steps to the neighbouring value lead from each value to the other's (ulp)."""
+    return (_ordered(one) - _ordered(other)).abs()
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
