@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods import lora
 from ftkit.methods.base import ComputeDelta, Replacement
 from ftkit.methods.files import LORA, read_adapter
+from ftkit.methods.lora_experts import LoraExperts, insert_experts, summed_factors
 from ftkit.models.load import BaseModel, load_config
 
 
@@ -80,7 +82,8 @@ def load_adapter(adapter: WeightedAdapter, base: BaseModel) -> LoadedAdapter:
     section = lora.load(skeleton, adapter.directory)
     _, state = read_adapter(adapter.directory, peft_type=LORA)
     deltas = dict(lora.deltas(skeleton, state, section))
-    if lost := [key for key in state if lora.named_weight(key) not in deltas]:
+    named = lora.named_weights(skeleton, state, section)
+    if lost := [key for key in state if named[key] not in deltas]:
         what = f"{lost[0]} of {adapter.directory} would go into no weight of the base"
         raise CheckFailedError(what, how="use the adapter without merging, and report this")
     paths = [path_of(name) for name, delta in deltas.items() if not isinstance(delta, Replacement)]
@@ -146,9 +149,12 @@ def applied(model: PreTrainedModel, adapters: Sequence[LoadedAdapter]) -> Iterat
                 stack.enter_context(_replaced(model, name, replacement.tuned))
         for path, weighted in by_path.items():
             module = model.get_submodule(path)
-            for _, layer in weighted:
-                stack.enter_context(lend(layer, module.get_parameter("weight"), getattr(module, "bias", None)))
-            handle = module.register_forward_hook(_adding(weighted))
+            experts = [(weight, layer) for weight, layer in weighted if isinstance(layer, LoraExperts)]
+            if not experts:
+                for _, layer in weighted:
+                    stack.enter_context(lend(layer, module.get_parameter("weight"), getattr(module, "bias", None)))
+            hook = _computing(module, experts) if experts else _adding(weighted)
+            handle = module.register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 
@@ -200,5 +206,17 @@ def _set_weights(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | No
 def _adding(weighted: Sequence[tuple[float, nn.Module]]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return output + sum_layers(weighted, inputs, output)
+
+    return hook
+
+
+def _computing(module: nn.Module, experts: Sequence[tuple[float, LoraExperts]]) -> Callable[..., Tensor]:
+    """A hook that gives what a module of experts computes with the updates of several adapters."""
+    adapted = deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+    adapted = insert_experts(adapted, summed_factors(experts))
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        result: Tensor = adapted(*inputs)
+        return result
 
     return hook

@@ -132,7 +132,7 @@ def test_module_by_module_a_wrong_scale_is_found(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(updating.Update, "__call__", without_weights)
     with pytest.raises(
-        CheckFailedError, match=r"the merged model\.layers\S+ differs from the adapted one by"
+        CheckFailedError, match=r"the merged model\.layers\S+\.weight differs from the adapted one by"
     ) as caught:
         merge([WeightedAdapter(pair.target, 0.7)], tmp_path / "merged", proof="modules")
     assert caught.value.exit_code == 6
