@@ -32,23 +32,28 @@ from ftkit.runs import find_target
 from tests.tiny_models import tiny_tokenizer
 
 SHARDS = {"llama": 6, "mixtral": 2}
-TARGETS = {"llama": "all-linear", "mixtral": ("q_proj", "k_proj", "v_proj", "o_proj")}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+SECTIONS = {
+    "llama, all-linear": LoraMethod(type="lora", rank=16, alpha=32.0),
+    "mixtral, attention": LoraMethod(type="lora", rank=16, alpha=32.0, targets=ATTENTION),
+    "mixtral, experts too": LoraMethod(type="lora", rank=16, alpha=32.0, targets=ATTENTION, target_parameters=EXPERTS),
+}
 
 
-def write_model(directory: Path, kind: str, *, width: int, layers: int) -> None:
-    """Write `directory/base` in bfloat16 and `directory/adapter`."""
+def write_model(directory: Path, case: str, *, width: int, layers: int) -> None:
+    """Write `directory/base` in bfloat16 and `directory/adapter`, for a key of SECTIONS."""
+    kind, section = case.partition(",")[0], SECTIONS[case]
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_hidden_layers": layers}
     sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 64, "vocab_size": 4096}
     experts = {"num_local_experts": 8, "num_experts_per_tok": 2} if kind == "mixtral" else {}
-    with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **experts), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **experts), dtype=torch.bfloat16)
     size = sum(parameter.nbytes for parameter in model.parameters())
     model.save_pretrained(directory / "base", max_shard_size=int(size / SHARDS[kind] * 1.05))
     tiny_tokenizer().save_pretrained(directory / "base")
     base = find_base(str(directory / "base"), ModelSection(), base=directory)
     model = load_weights(base, dtype=torch.bfloat16)
-    section = LoraMethod(type="lora", rank=16, alpha=32.0, targets=TARGETS[kind])
     lora.apply(model, section, seed=1)
     noise = torch.Generator().manual_seed(1)
     state = {
@@ -82,17 +87,17 @@ def main() -> None:
     quiet_transformers()
     headers = ("model", "files", "in all", "largest file", "proof", "memory", "of the largest file", "seconds")
     table = make_table("merging", [(header, "right") for header in headers])
-    for kind in SHARDS:
+    for case in SECTIONS:
         with TemporaryDirectory() as place:
             directory = Path(place)
-            write_model(directory, kind, width=arguments.width, layers=arguments.layers)
+            write_model(directory, case, width=arguments.width, layers=arguments.layers)
             sizes = [path.stat().st_size for path in (directory / "base").glob("*.safetensors")]
             for proof in reversed(PROOFS):
                 command = [sys.executable, "-m", "benchmarks.merge_memory", "--here", str(directory), proof]
                 ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 figures = json.loads(ended.stdout.splitlines()[-1])
                 table.add_row(
-                    kind,
+                    case,
                     str(len(sizes)),
                     human_bytes(sum(sizes)),
                     human_bytes(max(sizes)),

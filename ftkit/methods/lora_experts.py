@@ -140,6 +140,9 @@ def saved_names(path: str, names: Sequence[str]) -> dict[str, str]:
 
 def to_peft(a_ERI: Tensor, b_EOR: Tensor) -> Factors:
     """A and B as peft lays them out: [E * R, I] and [O, R * E]."""
+    if a_ERI.ndim < 3:
+        # A process that does not write a checkpoint has empty tensors without dimensions here.
+        return a_ERI, b_EOR
     return a_ERI.flatten(0, 1), b_EOR.permute(1, 2, 0).flatten(1)
 
 
