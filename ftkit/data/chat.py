@@ -31,6 +31,9 @@ MOST_VARIANTS = 64
 """Of a template with keywords of rows, kept at a time."""
 
 OTHER_TEMPLATE = "choose another template with model.chat_template (a file, chatml or plain)"
+TEMPLATE_WITH_TOOLS = (
+    "name a file with a template for tools in model.chat_template, e.g. that of Qwen 2.5 for ChatML tokens"
+)
 
 # Arguments that `apply_chat_template` keeps for itself.
 _RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
@@ -176,7 +179,8 @@ class ChatTemplate:
                 )
             except ValueError as error:
                 what = f"the chat template cannot be trained on: {error}"
-                raise UserError(what, how=OTHER_TEMPLATE, where=where or None) from None
+                how = TEMPLATE_WITH_TOOLS if kind == "tool_call" else OTHER_TEMPLATE
+                raise UserError(what, how=how, where=where or None) from None
         return self._ends[key]
 
     def check_text(

@@ -12,8 +12,8 @@ import pyarrow as pa
 from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.duplicates import content_key
 from ftkit.data.mixture import choose_subset
-from ftkit.data.phrasings import PhrasingSet, find_phrasings
-from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
+from ftkit.data.phrasings import PhrasingSet, find_phrasings, library_clusters
+from ftkit.data.problems import Problems, RowError
 from ftkit.data.processes import MIN_PARALLEL, work
 from ftkit.data.readers import BadRecord
 from ftkit.data.row_parser import RowParser
@@ -99,6 +99,29 @@ def load_corpus(
             raise UserError(what, how="look at clusters and exclude_clusters", key=(*key, "path"))
     chosen = chosen[choose_subset(len(chosen), section.max_samples, seed=seed, name=name)]
     return Corpus(name, key, section, store, chosen, phrasings, facts["rows_read"], dropped)
+
+
+def check_clusters(data: DataSection, train: Sequence[Corpus]) -> None:
+    """Check that every cluster that the recipe names exists, in a data set of it or in the library.
+
+    A misspelt name in `exclude_clusters` would leave a held-out task in the training data.
+
+    Raises:
+        UserError: one does not; all that do are named.
+    """
+    known = {str(cluster) for corpus in train for cluster in set(corpus.store.column("cluster"))} - {""}
+    named: list[tuple[KeyPath, str]] = []
+    sections: list[tuple[KeyPath, DataSection | DatasetSection]] = [(("data",), data)]
+    sections += [(corpus.key, corpus.section) for corpus in train]
+    for key, section in sections:
+        for option, names in (("clusters", section.clusters), ("exclude_clusters", section.exclude_clusters)):
+            named += [((*key, option), name) for name in names]
+    unknown = [(key, name) for key, name in named if name not in known | library_clusters()]
+    if unknown:
+        how = f"name one of {', '.join(sorted(known))}" if known else "no row has a cluster; leave it out"
+        raise UserError.of(
+            [Problem(f"there is no cluster {name} in data.train", how, key=key) for key, name in unknown]
+        )
 
 
 def _entry_key(section: DatasetSection, data: DataSection, digest: str, phrasings: PhrasingSet | None) -> str:
@@ -210,8 +233,7 @@ class _Reading:
         self.rows_read = self.kept = 0
         self.dropped: dict[str, list[int]] = {}
         self._skip_bad = skip_bad
-        self._problems: list[Problem] = []
-        self._num_problems = 0
+        self._problems = Problems()
 
     def add(self, read: _Read) -> None:
         """Take over what is known of the next part."""
@@ -219,7 +241,7 @@ class _Reading:
         self.kept += read.rows.num_rows
         for row, problem in read.problems:
             if row is None:
-                self._report(problem)
+                self._problems.add(problem)
             else:
                 self._bad(problem, row)
         for row, reason in read.skipped:
@@ -231,23 +253,17 @@ class _Reading:
         if isinstance(found, BadRecord):
             self._bad(found.problem, self.rows_read - 1)
         elif isinstance(found, Problem):
-            self._report(found)
+            self._problems.add(found)
 
     def finish(self, section: DatasetSection) -> None:
         """Raise all that was wrong."""
-        if self._num_problems:
-            raise problems_error(self._problems, of=section.path, total=self._num_problems)
+        self._problems.raise_any(of=section.path)
 
     def _bad(self, problem: Problem, row: int) -> None:
         if self._skip_bad:
             self.dropped.setdefault(UNREADABLE, []).append(row)
         else:
-            self._report(problem)
-
-    def _report(self, problem: Problem) -> None:
-        self._num_problems += 1
-        if len(self._problems) < MAX_SHOWN:
-            self._problems.append(problem)
+            self._problems.add(problem)
 
 
 def _in_parts(stream: Iterator[Found]) -> Iterator[tuple[int, list[Found]]]:

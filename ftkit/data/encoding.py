@@ -1,9 +1,8 @@
 """Encodes a run's rows into a file of examples: in parallel, and only what has not been encoded before."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.corpus import Corpus, Progress
 from ftkit.data.encode import Encoder, EncodeResult
 from ftkit.data.encode_many import Found, encode_many
-from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
+from ftkit.data.problems import Problems, RowError
 from ftkit.data.processes import MIN_PARALLEL, work
 from ftkit.data.store import (
     EXAMPLE_SCHEMA,
@@ -158,7 +157,7 @@ def _write(directory: Path, jobs: np.ndarray, corpora: Sequence[Corpus], encoder
             yield chunk.examples
 
     write_table(directory / EXAMPLES, EXAMPLE_SCHEMA, batches())
-    summary.raise_problems(corpora)
+    summary.problems.raise_any(of=", ".join(corpus.name for corpus in corpora))
     np.savez(directory / JOBS, counts=summary.counts, reason=summary.reason, uncut=summary.uncut)
     write_facts(directory, {"reasons": summary.reasons, "saw_reasoning": summary.saw_reasoning})
 
@@ -173,8 +172,7 @@ class _Summary:
         self.uncut = np.zeros(num_jobs, np.int32)
         self.reasons: list[str] = []
         self.saw_reasoning = False
-        self._first: dict[tuple[str, str | None], Problem] = {}
-        self._times: Counter[tuple[str, str | None]] = Counter()
+        self.problems = Problems()
 
     def add(self, chunk: _Chunk) -> None:
         """Take over the next chunk's figures and problems."""
@@ -188,24 +186,8 @@ class _Summary:
                 self.reason[place] = self.reasons.index(reason)
         self.saw_reasoning |= chunk.saw_reasoning
         for problem in chunk.problems:
-            # A template refuses thousands of rows for one reason: that is one problem, at the first of them.
-            same = (problem.what, problem.how)
-            self._times[same] += 1
-            if len(self._first) < 1000:
-                self._first.setdefault(same, problem)
+            self.problems.add(problem)
         self.done = end
-
-    def raise_problems(self, corpora: Sequence[Corpus]) -> None:
-        if not self._first:
-            return
-        merged = [
-            replace(problem, what=f"{problem.what} (and {self._times[same] - 1} rows more)")
-            if self._times[same] > 1
-            else problem
-            for same, problem in self._first.items()
-        ]
-        names = ", ".join(corpus.name for corpus in corpora)
-        raise problems_error(merged[:MAX_SHOWN], of=names, total=max(len(merged), len(self._times)))
 
 
 def _encoded_chunks(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder) -> Iterator[_Chunk]:
