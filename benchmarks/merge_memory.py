@@ -50,7 +50,7 @@ def write_model(directory: Path, case: str, *, width: int, layers: int) -> None:
     experts = {"num_local_experts": 8, "num_experts_per_tok": 2} if kind == "mixtral" else {}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **experts), dtype=torch.bfloat16)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    model.save_pretrained(directory / "base", max_shard_size=int(size / SHARDS[kind] * 1.05))
+    model.save_pretrained(directory / "base", max_shard_size=int(size / SHARDS[kind] * 1.15))
     tiny_tokenizer().save_pretrained(directory / "base")
     base = find_base(str(directory / "base"), ModelSection(), base=directory)
     model = load_weights(base, dtype=torch.bfloat16)
@@ -106,6 +106,7 @@ def main() -> None:
                     f"{figures['memory'] / max(sizes):.2f}",
                     f"{figures['seconds']:.1f}",
                 )
+                Console().line(f"{case}, --proof {proof} done", style="dim")
     Console().table(table)
 
 
