@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import Encoder, make_encoder
+from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import UserError
 from ftkit.evaluation.compare import Contestant
 from ftkit.evaluation.prompts import ChatPrompts, Prompts, RawPrompts, choose_mode

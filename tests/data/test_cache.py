@@ -11,9 +11,9 @@ import pytest
 
 from ftkit.data import cache, corpus, encoding, processes
 from ftkit.data.cache import FINISHED, digest_of, prepared
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import Encoder
 from ftkit.data.plan import Plan, make_plan
+from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import StorageError
 from ftkit.recipe.schema import DataSection, DatasetSection, LoraMethod, ModelSection, Recipe, TrainingSection
 from tests.tiny_models import CHATML, tiny_tokenizer

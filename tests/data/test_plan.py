@@ -9,9 +9,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import NO_TARGET, Encoder, EncodeResult
 from ftkit.data.plan import Plan, make_plan
+from ftkit.data.template_choice import chat_template_for
 from ftkit.data.types import IGNORE, Document, Example, Text
 from ftkit.errors import UserError
 from ftkit.recipe.schema import (

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import Encoder
 from ftkit.data.phrasings import PhrasingSet, PhrasingsSection
 from ftkit.data.plan import Plan, make_plan
+from ftkit.data.template_choice import chat_template_for
 from ftkit.data.variants import choose_variants, job_type, measured_jobs, most_shots
 from ftkit.recipe.schema import DataSection, DatasetSection, LoraMethod, ModelSection, Recipe, TrainingSection
 from tests.tiny_models import tiny_tokenizer
