@@ -127,7 +127,11 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(tmp_path: Pat
     rows: list[Any] = [{"q": "1", "a": "x"}, "{broken", {"q": "3"}, {"q": "4", "a": "y"}, [5]]
     (counts,) = plan(tmp_path, rows, {"on_bad_row": "skip"}).counts
     assert (counts.rows, counts.rows_used) == (5, 2)
-    assert counts.dropped == {"cannot be read (data.on_bad_row: skip)": [1, 2, 4]}
+    malformed, missing, no_object = counts.dropped
+    assert malformed.startswith("malformed JSON: ")
+    assert missing == "there is no column a (data.on_bad_row: skip)"
+    assert no_object == "expected an object, found a list (data.on_bad_row: skip)"
+    assert list(counts.dropped.values()) == [[1], [2], [4]]
 
 
 def test_rows_are_chosen_by_their_own_cluster(tmp_path: Path) -> None:
