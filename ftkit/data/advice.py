@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ftkit.data.chat import ChatTemplate
+from ftkit.data.corpus import Corpus
 from ftkit.data.problems import count_rows, list_rows
 from ftkit.data.types import DatasetCounts
 from ftkit.recipe.schema import TrainingSection
@@ -76,6 +77,16 @@ def warn_repeats(counts: Sequence[DatasetCounts]) -> list[str]:
         f"{count.name} is seen {count.epochs:.0f} times; `repeat` sets a limit, a smaller `weight` lowers its rate"
         for count in counts
         if count.epochs >= MANY_EPOCHS and count.epochs > 3 * usual
+    ]
+
+
+def warn_no_reasoning(corpora: Sequence[Corpus]) -> list[str]:
+    """Data sets whose `rationale` asks for reasoning that none of their rows has."""
+    asked = [corpus for corpus in corpora if corpus.section.rationale not in ("never", 0.0)]
+    return [
+        f"no row of {corpus.name} has reasoning to ask for: `rationale: {corpus.section.rationale}` changes nothing"
+        for corpus in asked
+        if not corpus.can_reason
     ]
 
 

@@ -70,6 +70,12 @@ class Corpus:
         """16 bytes for each of the chosen rows, equal where rows say the same."""
         return self.store.column("key")[self.chosen]
 
+    @property
+    def can_reason(self) -> bool:
+        """Whether any of the chosen rows has reasoning, and a phrasing asks for it."""
+        asks = self.phrasings is not None and bool(self.phrasings.reasoned)
+        return asks and bool(self.store.column("has_rationale")[self.chosen].any())
+
     def row_ids(self, places: np.ndarray) -> np.ndarray:
         """`Row.index` of chosen rows."""
         indices: np.ndarray = self.store.column("index")[self.chosen[places]]

@@ -154,6 +154,7 @@ def make_plan(
         *advice.warn_few_steps(plan.steps, recipe.training),
         *advice.warn_repeats(plan.counts),
         *advice.warn_thinking(encoder.template, drawn.encoded.saw_reasoning),
+        *advice.warn_no_reasoning(train),
         *split.warnings,
         *advice.warn_left_out(left_out),
     ]
