@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ftkit.methods.base import Report, report
 from ftkit.methods.table import METHODS
 from ftkit.models.load import choose_compute_dtype
+from ftkit.models.multimodal import auto_class
 from ftkit.training.prepare import Prepared, apply_method
 
 ADAMW_MOMENTS = 2
@@ -78,7 +78,7 @@ def _count(prepared: Prepared, device: torch.device) -> Report:
     compute_dtype, _ = choose_compute_dtype(recipe.model.dtype, device)
     dtype = torch.float32 if method.name == "full" else compute_dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(prepared.config).from_config(
             prepared.config, dtype=dtype, trust_remote_code=prepared.base.trust_remote_code
         )
     apply_method(model, prepared)

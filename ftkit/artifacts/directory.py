@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ftkit.data.chat import ChatTemplate
 from ftkit.errors import CheckFailedError, UserError
-from ftkit.models.files import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, read_json, storage_errors
+from ftkit.models.files import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    PROCESSOR_PATTERNS,
+    PROCESSOR_TEMPLATE_NAME,
+    TEMPLATE_NAME,
+    TOKENIZER_PATTERNS,
+    copy_matching,
+    read_json,
+    storage_errors,
+)
 from ftkit.models.load import TOKENIZER_FILES, BaseModel, load_tokenizer, local_directory
 from ftkit.runs import Target, move_aside
 
@@ -79,17 +89,8 @@ def check_free(output: Path, *, overwrite: bool) -> None:
         raise UserError(f"{output} exists already", how="choose another --output, or --overwrite moves it aside")
 
 
-def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
-    """Copy files and folders of `source` whose names match one of `patterns`, links as what they point at."""
-    for path in {path for pattern in patterns for path in source.glob(pattern)}:
-        if path.is_dir():
-            shutil.copytree(path, target / path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
-
-
 def copy_companions(target: Target, directory: Path) -> None:
-    """Write what belongs to the weights: tokenizer, chat template, generation config, licence, the model's own code.
+    """Write what belongs to the weights: tokenizer, template, processors, generation config, licence, own code.
 
     What training left beside the tuned weights goes before the base's own.
 
@@ -97,13 +98,15 @@ def copy_companions(target: Target, directory: Path) -> None:
         directory: holds config.json already.
     """
     source = local_directory(target.model, weights=False)
-    copy_matching(source, directory, LICENCE_PATTERNS)
+    copy_matching(source, directory, (*LICENCE_PATTERNS, *PROCESSOR_PATTERNS))
     if target.model.trust_remote_code:
         copy_matching(source, directory, ("*.py",))
     places = [place for place in (target.tokenizer, source) if place is not None]
     with_tokenizer = next((place for place in places if has_tokenizer(place)), None)
     if with_tokenizer is not None:
         copy_matching(with_tokenizer, directory, TOKENIZER_PATTERNS)
+    if not (directory / TEMPLATE_NAME).is_file():
+        copy_matching(source, directory, (PROCESSOR_TEMPLATE_NAME,))
     with_generation = next((place for place in places if (place / GENERATION_CONFIG_NAME).is_file()), None)
     tokenizer = load_tokenizer(BaseModel(str(directory), path=directory)) if with_tokenizer is not None else None
     kwargs = template_kwargs(target)

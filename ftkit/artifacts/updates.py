@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.errors import CheckFailedError, UserError
@@ -17,6 +17,7 @@ from ftkit.methods.base import ComputeDelta, Replacement
 from ftkit.methods.files import LORA, read_adapter
 from ftkit.methods.lora_experts import LoraExperts, insert_experts, summed_factors
 from ftkit.models.load import BaseModel, load_config
+from ftkit.models.multimodal import auto_class
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def build_skeleton(base: BaseModel) -> PreTrainedModel:
     """
     config = load_config(base)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+        model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=base.trust_remote_code)
     empty: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -1,4 +1,7 @@
-"""`full`: every weight trains, as float32 masters; the result is an ordinary model directory."""
+"""`full`: every weight trains, as float32 masters; the result is an ordinary model directory.
+
+Of a multimodal model the language model trains, and all else stays as it is: no text reaches it.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -10,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ftkit.errors import UserError
-from ftkit.methods.base import Delta, Gather, copy_strictly, gathered, train_in_float32
+from ftkit.methods.base import Delta, Gather, copy_strictly, freeze, gathered, train_in_float32
 from ftkit.methods.files import BaseIdentity
+from ftkit.models.architecture import towers
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.method_schema import FullMethod
 
@@ -22,9 +26,12 @@ merge_refusal: str | None = (
 
 
 def apply(model: PreTrainedModel, section: FullMethod, *, seed: int) -> None:
-    """Let every parameter train. Tied weights are one parameter and stay it."""
+    """Let every parameter of the language model train. Tied weights are one parameter and stay it."""
+    freeze(model)
+    kept = {id(parameter) for parameters in towers(model).values() for parameter in parameters}
     for parameter in model.parameters():
-        train_in_float32(parameter)
+        if id(parameter) not in kept:
+            train_in_float32(parameter)
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
@@ -84,8 +91,11 @@ def places(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def notes(model: PreTrainedModel) -> tuple[str, ...]:
-    """None."""
-    return ()
+    """Which parts of a multimodal model stay as they are."""
+    kept = [f"{path} ({sum(p.numel() for p in parameters):,})" for path, parameters in towers(model).items()]
+    if not kept:
+        return ()
+    return (f"the language model trains; no text reaches {', '.join(kept)} parameters, which stay as they are",)
 
 
 def keeps_base(section: FullMethod) -> bool:

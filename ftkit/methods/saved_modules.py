@@ -15,19 +15,19 @@ from transformers import PreTrainedModel
 
 from ftkit.errors import UserError
 from ftkit.methods.base import train_in_float32
-from ftkit.methods.targets import matches_name
+from ftkit.methods.targets import matches_name, tower_of
 
 KEY = ("method", "modules_to_save")
 
 
 def train_modules(model: PreTrainedModel, names: Sequence[str], adapted: Iterable[str]) -> None:
-    """Let every parameter of the modules called `names` train; names match as `targets` do.
+    """Let every parameter of the modules called `names` train; names match as `targets` do, in the language model.
 
     Args:
         adapted: paths of the layers that have a LoRA.
 
     Raises:
-        UserError: a name matches no module with weights, or one that a LoRA adapts.
+        UserError: a name matches no module with weights, only some that no text reaches, or one that a LoRA adapts.
     """
     # A LoRA's own parameters lie in the layers that it adapts.
     paths = [path for path, module in model.named_modules() if path and next(module.parameters(), None) is not None]
@@ -36,7 +36,11 @@ def train_modules(model: PreTrainedModel, names: Sequence[str], adapted: Iterabl
         matched = [path for path in paths if matches_name(path, name)]
         if not matched:
             raise _unmatched(name, paths)
-        chosen += matched
+        in_language = [path for path in matched if tower_of(model, path) is None]
+        if not in_language:
+            what = f"{name} is only in {tower_of(model, matched[0])}, which no text reaches: it would not train"
+            raise UserError(what, how="name modules of the language model", key=KEY)
+        chosen += in_language
     for path in chosen:
         inside = [layer for layer in adapted if layer == path or layer.startswith(f"{path}.")]
         if inside:

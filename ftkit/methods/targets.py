@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ftkit.errors import UserError
-from ftkit.models.architecture import linear_modules, stacked_experts
+from ftkit.models.architecture import linear_modules, stacked_experts, towers
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value")
@@ -29,7 +29,8 @@ def select_targets(
         exclude: names or a regular expression; empty for none.
 
     Raises:
-        UserError: a name or an expression matches nothing, or nothing is left; the message lists what there is.
+        UserError: a name or an expression matches nothing, or only layers that no text reaches, or nothing is left; the
+            message lists what there is.
     """
     layers = linear_modules(model)
     if targets == ALL_LINEAR:
@@ -37,8 +38,8 @@ def select_targets(
             _refuse_stacked_experts(model, layers)
         chosen = set(layers)
     else:
-        chosen = _matches(layers, targets, "targets")
-    chosen -= _matches(layers, exclude, "exclude") if exclude else set()
+        chosen = _matches(model, layers, targets, "targets")
+    chosen -= _matches(model, layers, exclude, "exclude") if exclude else set()
     if not chosen:
         raise UserError(
             "method.exclude leaves out every target", how="exclude fewer modules", key=("method", "exclude")
@@ -67,6 +68,11 @@ def matches_name(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
+def tower_of(model: PreTrainedModel, path: str) -> str | None:
+    """The part of a multimodal model that no text reaches and that the module at `path` is, or lies in."""
+    return next((tower for tower in towers(model) if f"{path}.".startswith(f"{tower}.")), None)
+
+
 def shortest_names(model: PreTrainedModel, chosen: Iterable[str]) -> list[str]:
     """Names that peft matches to exactly the chosen paths: last components where these suffice, else whole paths."""
     paths = set(chosen)
@@ -79,16 +85,21 @@ def _matches_end(pattern: str, path: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
-def _matches(layers: dict[str, nn.Module], pattern: Pattern, key: Literal["targets", "exclude"]) -> set[str]:
-    if isinstance(pattern, str):
-        expression = re.compile(pattern)
-        matched = {path for path in layers if expression.fullmatch(path)}
-        if not matched:
-            raise _unmatched([pattern], layers, key)
-        return matched
-    by_name = {name: {path for path in layers if matches_name(path, name)} for name in pattern}
+def _matches(
+    model: PreTrainedModel, layers: dict[str, nn.Module], pattern: Pattern, key: Literal["targets", "exclude"]
+) -> set[str]:
+    names = [pattern] if isinstance(pattern, str) else pattern
+
+    def is_meant(path: str, name: str) -> bool:
+        return re.fullmatch(name, path) is not None if isinstance(pattern, str) else matches_name(path, name)
+
+    by_name = {name: {path for path in layers if is_meant(path, name)} for name in names}
     unmatched = [name for name, paths in by_name.items() if not paths]
     if unmatched:
+        elsewhere = (path for path, _ in model.named_modules() for name in unmatched if is_meant(path, name))
+        if tower := tower_of(model, next(elsewhere, "")):
+            what = f"linear layer of the language model, and no text reaches {tower}; the decoder blocks have:"
+            raise _unmatched(unmatched, layers, key, what)
         raise _unmatched(unmatched, layers, key)
     return set().union(*by_name.values())
 

@@ -5,6 +5,7 @@ A decoder is, in all of transformers' causal language models, a module that owns
 parts inside a block are told by the names that the field gives them (`o_proj`, `mlp`, ...).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
+from ftkit.models.multimodal import is_multimodal
 
 ATTENTION_NAMES = ("attn", "attention")
 """An attention module has one of these in its name: self_attn, attn, self_attention, linear_attn."""
@@ -146,6 +148,26 @@ def stacked_experts(model: PreTrainedModel) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and "expert" in path
     ]
+
+
+def towers(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """Path -> weights of every part of a multimodal model that no text reaches: towers for images, projectors.
+
+    That is all but the decoder and its head; a text-only model has none.
+    """
+    if not is_multimodal(model.config):
+        return {}
+    architecture = describe(model)
+    language = {id(p) for part in (architecture.decoder, architecture.head) for p in part.parameters()}
+    decoder = architecture.blocks_path.split(".")
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in language:
+            path = name.split(".")
+            # `model.vision_tower` beside `model.language_model`: one component more than both have in common.
+            shared = len(os.path.commonprefix([path, decoder]))
+            found.setdefault(".".join(path[: shared + 1]), []).append(parameter)
+    return found
 
 
 def _block_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

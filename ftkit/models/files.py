@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ TOKENIZER_PATTERNS = (
     "additional_chat_templates",
 )
 """Everything that makes a tokenizer and its chat templates."""
+PROCESSOR_PATTERNS = ("*processor_config.json",)
+"""How a multimodal model prepares images, video and sound: preprocessor_config.json, processor_config.json, ..."""
+TEMPLATE_NAME, PROCESSOR_TEMPLATE_NAME = "chat_template.jinja", "chat_template.json"
+"""The chat template, and where older processors keep one of their own: none may speak for another."""
 
 RESTORE = "restore or download the file again"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -97,6 +101,15 @@ def no_weights(where: str, names: Iterable[str], *, key: KeyPath = ()) -> UserEr
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return UserError(f"{where} holds its weights only as GGUF", how=f"name the file itself: {ggufs[0]}", key=key)
     return UserError(f"{where} holds no weights ({WEIGHTS_NAME})", how="name a directory that holds a model", key=key)
+
+
+def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copy files and folders of `source` whose names match one of `patterns`, links as what they point at."""
+    for path in {path for pattern in patterns for path in source.glob(pattern)}:
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def check_model_directory(directory: Path, *, key: KeyPath = ()) -> None:

@@ -30,6 +30,8 @@ from ftkit.models.files import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
+    PROCESSOR_PATTERNS,
+    PROCESSOR_TEMPLATE_NAME,
     TOKENIZER_PATTERNS,
     WEIGHTS_NAME,
     check_model_directory,
@@ -41,7 +43,8 @@ BASE_KEY: KeyPath = ("base_model",)
 REVISION_KEY: KeyPath = ("model", "revision")
 
 SMALL_FILES = [CONFIG_NAME, INDEX_NAME, GENERATION_CONFIG_NAME, *TOKENIZER_PATTERNS]
-"""Configuration, index of the weights, tokenizer, chat templates."""
+SMALL_FILES += [*PROCESSOR_PATTERNS, PROCESSOR_TEMPLATE_NAME]
+"""Configuration, index of the weights, tokenizer, chat templates, processors."""
 
 REQUEST_TIMEOUT = 10.0
 """Seconds until a request without an answer counts as a network error."""

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +24,7 @@ from ftkit.models.files import CONFIG_NAME, check_model_directory, read_json, we
 from ftkit.models.gguf import convert_gguf
 from ftkit.models.hashes import hash_once
 from ftkit.models.hub import BASE_KEY, REVISION_KEY, UnknownModelError, fetch, resolve_commit
+from ftkit.models.multimodal import auto_class, is_multimodal, multimodal_refusal
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.schema import ModelSection
 
@@ -108,7 +108,7 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
 
     Raises:
         UserError: unknown architecture, remote code that was not allowed, or a model that ftkit does not train:
-            multimodal, encoder-decoder, without a language-model head, or quantized.
+            encoder-decoder, without a language-model head, quantized, or of a multimodal kind that cannot be tuned.
     """
     quiet_transformers()
     directory = local_directory(base, weights=False)
@@ -124,7 +124,8 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
             how = "check its model_type, or upgrade transformers"
         raise UserError(what, how=how, key=BASE_KEY) from None
     if (reason := _unsupported(config)) is not None:
-        raise UserError(f"{base.name} {reason}", how="choose a text-only causal language model", key=BASE_KEY)
+        how = "choose a causal language model, text-only or the language layers of one like Gemma 3, Qwen 3.5, Mistral 3"
+        raise UserError(f"{base.name} {reason}", how=how, key=BASE_KEY)
     return config
 
 
@@ -163,7 +164,7 @@ def load_weights(base: BaseModel, *, dtype: torch.dtype, attn_implementation: st
     directory = local_directory(base, weights=True)
     keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -252,14 +253,13 @@ def _check_complete(base: BaseModel, info: dict[str, Any]) -> None:
 
 def _unsupported(config: PreTrainedConfig) -> str | None:
     """Why ftkit does not train this kind of model; None if it does."""
-    if config.get_text_config() is not config:
-        # The auto class would load the text part under names that differ from the files'.
-        return f"is multimodal ({config.model_type}): checkpoints of multimodal models: not in this version"
     if config.is_encoder_decoder:
         return f"is an encoder-decoder ({config.model_type}), not a causal language model"
     if (quantization := getattr(config, "quantization_config", None)) is not None:
         kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         return f"holds quantized weights ({kind}): not in this version"
+    if is_multimodal(config):
+        return multimodal_refusal(config)
     architectures = config.architectures or []
     if architectures and not any(name.endswith(CAUSAL_SUFFIXES) for name in architectures):
         return f"is a {architectures[0]}, not a causal language model"

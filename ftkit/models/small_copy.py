@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ftkit.models.architecture import describe
+from ftkit.models.multimodal import auto_class
 
 WINDOW = 4
 """Tokens that a sliding window, or a chunk of chunked attention, has in the copy."""
@@ -24,6 +25,7 @@ VOCAB_KEYS = ("vocab_size", "vocab_size_per_layer_input")
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 FEED_FORWARD_KEYS = ("intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "n_inner", "ffn_dim")
 TOP_K_KEYS = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_k", "num_experts_per_token")
+DEPTH_KEYS = ("num_hidden_layers", "depth", "num_layers", "n_layers")
 RANDOM_KEYS = ("drop", "jitter")
 """Parts of the names of settings that make a forward in training mode random."""
 
@@ -33,7 +35,8 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedModel:
 
     It has the shortest prefix of layers that holds every kind of layer, at full width and with all heads, but with few
     tokens, few experts, narrow feed-forward layers and a window of `WINDOW` tokens. Every parameter is noisy: stock
-    initialisation (zeros, ones, std 0.02) hides what a layer does. The global random state is left as it was.
+    initialisation (zeros, ones, std 0.02) hides what a layer does. Towers for images and sound, which no text reaches,
+    keep one layer. The global random state is left as it was.
 
     Raises:
         ValueError: it would have more than `MAX_PARAMETERS`.
@@ -44,7 +47,8 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedModel:
     small = _cut(config, num_layers=_prefix_with_every_kind(whole, config))
     size = _build(small, device="meta").num_parameters()
     if size > MAX_PARAMETERS:
-        raise ValueError(f"every kind of layer takes {small.num_hidden_layers} layers of {size:,} parameters, too many")
+        layers = _text(small).num_hidden_layers
+        raise ValueError(f"every kind of layer takes {layers} layers of {size:,} parameters, too many")
     model = _build(small, device="cpu")
     _add_noise(model)
     return model.train()
@@ -53,8 +57,15 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedModel:
 def _build(config: PreTrainedConfig, *, device: str) -> PreTrainedModel:
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model: PreTrainedModel = auto_class(config).from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     return model
+
+
+def _text(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the language model, which is the whole one where there is nothing else."""
+    return config.get_text_config(decoder=True)
 
 
 def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -68,7 +79,7 @@ def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _prefix_with_every_kind(model: PreTrainedModel, config: PreTrainedConfig) -> int:
     blocks = describe(model).blocks
-    by_layer = [value for value in config.to_dict().values() if _is_by_layer(value, len(blocks))]
+    by_layer = [value for value in _text(config).to_dict().values() if _is_by_layer(value, len(blocks))]
     kinds = [(_kind(block), tuple(str(values[i]) for values in by_layer)) for i, block in enumerate(blocks)]
     return 1 + max(kinds.index(kind) for kind in set(kinds))
 
@@ -97,8 +108,20 @@ def _is_by_layer(value: object, num_layers: int) -> bool:
 
 def _cut(config: PreTrainedConfig, *, num_layers: int) -> PreTrainedConfig:
     small = _plain(config)
-    whole = config.num_hidden_layers
-    values = config.to_dict()
+    text = _text(small)
+    _cut_text(text, num_layers=num_layers)
+    for name in small.sub_configs:
+        other = getattr(small, name, None)
+        if isinstance(other, PreTrainedConfig) and other is not text:
+            _cut_tower(other)
+    for part in (small, text):
+        part.pad_token_id, part.bos_token_id, part.eos_token_id = 0, 1, 2
+    return small
+
+
+def _cut_text(small: PreTrainedConfig, *, num_layers: int) -> None:
+    whole = small.num_hidden_layers
+    values = small.to_dict()
     for name, value in values.items():
         if isinstance(value, list | tuple) and len(value) == whole:
             setattr(small, name, value[:num_layers])
@@ -118,8 +141,12 @@ def _cut(config: PreTrainedConfig, *, num_layers: int) -> PreTrainedConfig:
     for name in EXPERT_KEYS:
         if isinstance(values.get(name), int):
             setattr(small, name, min(values[name], max(8, 2 * top_k)))
-    small.pad_token_id, small.bos_token_id, small.eos_token_id = 0, 1, 2
-    return small
+
+
+def _cut_tower(small: PreTrainedConfig) -> None:
+    for name in DEPTH_KEYS:
+        if isinstance(getattr(small, name, None), int):
+            setattr(small, name, 1)
 
 
 @torch.no_grad()
