@@ -106,17 +106,21 @@ def tiny_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) 
     for name in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, name) and name not in overrides:
             setattr(config, name, 0.0)
-    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                # Stock decays add up to 700 within 64 tokens of linear attention, of which float32 keeps 6e-5.
-                parameter.zero_()
-            # Stock initialisation (zeros, ones, std 0.02) hides leaks and forgotten tensors.
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return add_noise(model, seed=seed)
+
+
+@torch.no_grad()
+def add_noise(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
+    """Noise on every parameter: stock initialisation (zeros, ones, std 0.02) hides leaks and forgotten tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            # Stock decays add up to 700 within 64 tokens of linear attention, of which float32 keeps 6e-5.
+            parameter.zero_()
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model
 
 

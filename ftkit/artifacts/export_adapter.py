@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ftkit.artifacts.directory import copy_matching, staged
+from ftkit.artifacts.directory import staged
 from ftkit.errors import UserError
 from ftkit.methods.files import (
     BOTTLENECK,
@@ -17,7 +17,7 @@ from ftkit.methods.files import (
     lora_section,
     read_adapter,
 )
-from ftkit.models.files import GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, read_json
+from ftkit.models.files import GENERATION_CONFIG_NAME, TOKENIZER_PATTERNS, copy_matching, read_json
 from ftkit.runs import Target
 
 
