@@ -39,9 +39,11 @@ class MergeReport:
     proof: str
     """One of `PROOFS`."""
     max_abs_logit_difference: float | None
-    """Between base with adapter and merged model, both float32; like the next three None without a full proof."""
+    """Between base with adapter and merged model, both float32; like the next four None without a full proof."""
     max_abs_logit: float | None
     top1_agreement: float | None
+    max_abs_rounding_difference: float | None
+    """What one step of float32 in every adapted weight does to the merged model's logits, where it was asked."""
     cast: Cast | None
     modules: ModulesProof | None
     tensors_changed: int
@@ -135,7 +137,7 @@ def merge(
         if restored is not None:
             check_restored(restored, inputs.contents.passes)
         if whole is not None:
-            check_logits(whole.exact)
+            check_logits(whole.exact, whole.rounding)
         if modules is not None:
             check_modules(modules)
     return report
@@ -181,6 +183,7 @@ def _report(
         max_abs_logit_difference=whole.exact.max_abs_logit_difference if whole else None,
         max_abs_logit=whole.exact.max_abs_logit if whole else None,
         top1_agreement=whole.exact.top1_agreement if whole else None,
+        max_abs_rounding_difference=whole.rounding.max_abs_logit_difference if whole and whole.rounding else None,
         cast=whole.cast if whole else None,
         modules=modules,
         tensors_changed=len(changes.altered),

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ftkit.artifacts.proof import Comparison, Prompt, check_loaded, compare, compute_logits, fold
+from ftkit.artifacts.proof import (
+    MAX_RELATIVE_DIFFERENCE,
+    Comparison,
+    Prompt,
+    check_loaded,
+    compare,
+    compute_logits,
+    fold,
+    nudge,
+)
 from ftkit.artifacts.updates import LoadedAdapter, applied
 from ftkit.methods.base import ComputeDelta
 from ftkit.models.load import BaseModel, load_weights
@@ -30,6 +39,9 @@ class WholeProof:
 
     exact: Comparison
     """Adapted against merged, both float32, before any rounding."""
+    rounding: Comparison | None
+    """Merged against itself with every adapted weight moved by one step of float32; measured only where `exact` is far
+    enough off for the question."""
     cast: Cast
 
 
@@ -51,10 +63,15 @@ def prove_whole(
     with applied(model, adapters):
         adapted_logits = compute_logits(model, prompts)
     fold(model, updates)
-    exact = compare(adapted_logits, compute_logits(model, prompts))
+    merged_logits = compute_logits(model, prompts)
+    exact = compare(adapted_logits, merged_logits)
 
     served = load_weights(merged, dtype=dtype)
     check_loaded(model, served)
+    rounding = None
+    if exact.relative > MAX_RELATIVE_DIFFERENCE:
+        nudge(model, updates)
+        rounding = compare(merged_logits, compute_logits(model, prompts))
     del model
     cast = compare(adapted_logits, compute_logits(served, prompts))
     del served
@@ -62,6 +79,7 @@ def prove_whole(
     base_cast = compare(base_logits, compute_logits(base_served, prompts))
     return WholeProof(
         exact,
+        rounding,
         Cast(
             dtype=str(dtype).removeprefix("torch."),
             max_abs_logit_difference=cast.max_abs_logit_difference,

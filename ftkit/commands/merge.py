@@ -74,10 +74,12 @@ def _unchanged(report: "MergeReport") -> Iterator[str]:
 
 def _proof(report: "MergeReport") -> Iterator[str]:
     if report.max_abs_logit_difference is not None and report.max_abs_logit is not None:
+        rounding = report.max_abs_rounding_difference
         relative = report.max_abs_logit_difference / report.max_abs_logit if report.max_abs_logit else 0.0
         yield (
             f"proof      float32 logits differ by {report.max_abs_logit_difference:.2e} at most, "
             f"{relative:.1e} of the largest"
+            + (f"; moving each weight by a rounding step makes {rounding:.2e}" if rounding else "")
         )
     if (cast := report.cast) is not None:
         yield (
