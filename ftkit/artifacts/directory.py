@@ -156,11 +156,15 @@ def write_generation_config(
 
 
 def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy config.json, saying `dtype` under the key that the file uses for it."""
+    """Copy config.json, saying `dtype` under the key that the file uses for it, for parts of the model too."""
     config = read_json(source / CONFIG_NAME)
+    name = str(dtype).removeprefix("torch.")
     # transformers before 5 writes and reads torch_dtype.
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    old, new = "torch_dtype", "dtype"
+    config[old if old in config else new] = name
+    for part in config.values():
+        if isinstance(part, dict):
+            part |= {key: name for key in (old, new) if part.get(key) is not None}
     _write_json(target / CONFIG_NAME, config)
 
 

@@ -24,9 +24,9 @@ from transformers.core_model_loading import (
 )
 
 from ftkit.artifacts.updates import path_of
-from ftkit.artifacts.weights import TensorFiles
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods.base import ComputeDelta, Replacement
+from ftkit.models.files import TensorFiles
 
 SAVE_ANEW = "save the base anew with transformers' save_pretrained, or use the adapter without merging"
 

@@ -19,11 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from ftkit.artifacts.layout import Layout
 from ftkit.artifacts.proof import MAX_RELATIVE_DIFFERENCE
 from ftkit.artifacts.updates import LoadedAdapter, lend, sum_layers
-from ftkit.artifacts.weights import TensorFiles
 from ftkit.errors import CheckFailedError
 from ftkit.methods.base import ComputeDelta, merged_weight, seeded_generator
 from ftkit.methods.lora_experts import LoraExperts
 from ftkit.methods.lora_layer import base_product
+from ftkit.models.files import TensorFiles
 
 TOKENS = 16
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ftkit.artifacts.contents import Contents
-from ftkit.artifacts.weights import TensorFiles
 from ftkit.errors import CheckFailedError, NetworkError, UserError
 from ftkit.methods.files import BaseIdentity
-from ftkit.models.files import hash_files, weight_files
+from ftkit.models.files import TensorFiles, hash_files, weight_files
 from ftkit.models.load import BaseModel, find_base, fingerprint, local_directory
 from ftkit.recipe.schema import ModelSection
 

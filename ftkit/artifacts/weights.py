@@ -3,10 +3,8 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -108,37 +106,6 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-
-
-class TensorFiles:
-    """The tensors of a model's files by name, each mapped, not read, until it is used. A context manager."""
-
-    def __init__(self, directory: Path) -> None:
-        self._opened = ExitStack()
-        self._files: dict[str, Any] = {}
-        for path in weight_files(directory):
-            file = self._opened.enter_context(safe_open(path, framework="pt"))
-            self._files |= dict.fromkeys(file.keys(), file)
-
-    @property
-    def names(self) -> list[str]:
-        """In the order of the files."""
-        return list(self._files)
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
-
-    def shape(self, name: str) -> list[int]:
-        """Of a tensor that is not read."""
-        shape: list[int] = self._files[name].get_slice(name).get_shape()
-        return shape
-
-    def __enter__(self) -> "TensorFiles":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._opened.close()
 
 
 def _names(path: Path) -> list[str]:

@@ -183,7 +183,7 @@ def _train_as(
     )
 
     def publish() -> None:
-        result = publish_result(start.run, built.state, prepared=prepared, method=built.method)
+        result = publish_result(start.run, built.state, prepared=prepared, method=built.method, model=built.model)
         console.line()
         console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
         for command in result.next_commands:

@@ -5,9 +5,9 @@ A decoder is, in all of transformers' causal language models, a module that owns
 parts inside a block are told by the names that the field gives them (`o_proj`, `mlp`, ...).
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NoReturn
 
 from torch import nn
@@ -159,14 +159,13 @@ def towers(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
         return {}
     architecture = describe(model)
     language = {id(p) for part in (architecture.decoder, architecture.head) for p in part.parameters()}
-    decoder = architecture.blocks_path.split(".")
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in language:
-            path = name.split(".")
-            # `model.vision_tower` beside `model.language_model`: one component more than both have in common.
-            shared = len(os.path.commonprefix([path, decoder]))
-            found.setdefault(".".join(path[: shared + 1]), []).append(parameter)
+            # The first of `model`, `model.vision_tower`, ... that does not hold the blocks.
+            paths = accumulate(name.split("."), "{}.{}".format)
+            tower = next(path for path in paths if not architecture.blocks_path.startswith(f"{path}."))
+            found.setdefault(tower, []).append(parameter)
     return found
 
 

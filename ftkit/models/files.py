@@ -7,12 +7,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ftkit.errors import KeyPath, StorageError, UserError
 
@@ -211,3 +212,37 @@ def stored_dtype(directory: Path) -> torch.dtype:
                 if tensor.is_floating_point():
                     values[tensor.dtype] += tensor.numel()
     return values.most_common(1)[0][0]
+
+
+class TensorFiles:
+    """The tensors of a model's files by name, each mapped, not read, until it is used. A context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self._opened = ExitStack()
+        self._files: dict[str, Any] = {}
+        for path in weight_files(directory):
+            file = self._opened.enter_context(safe_open(path, framework="pt"))
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the files."""
+        return list(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor that is not read."""
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return shape
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._opened.close()

@@ -124,7 +124,9 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
             how = "check its model_type, or upgrade transformers"
         raise UserError(what, how=how, key=BASE_KEY) from None
     if (reason := _unsupported(config)) is not None:
-        how = "choose a causal language model, text-only or the language layers of one like Gemma 3, Qwen 3.5, Mistral 3"
+        how = (
+            "choose a causal language model, text-only or the language layers of one like Gemma 3, Qwen 3.5, Mistral 3"
+        )
         raise UserError(f"{base.name} {reason}", how=how, key=BASE_KEY)
     return config
 

@@ -57,9 +57,7 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedModel:
 def _build(config: PreTrainedConfig, *, device: str) -> PreTrainedModel:
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = auto_class(config).from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model
 
 

@@ -173,7 +173,7 @@ def _model_with_method(
 
 
 def _set_for_training(model: PreTrainedModel, recipe: Recipe, *, compute_in_dtype: torch.dtype | None) -> None:
-    """Casts where trained weights are used, checkpointing of activations, and no cache of keys and values.
+    """Casts where trained weights are used, and checkpointing of activations.
 
     Args:
         compute_in_dtype: None where every weight trains and is sharded: FSDP's own policy gathers them in the compute
@@ -183,7 +183,6 @@ def _set_for_training(model: PreTrainedModel, recipe: Recipe, *, compute_in_dtyp
         compute_in(model, compute_in_dtype)
     if recipe.training.gradient_checkpointing is True:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.config.use_cache = False
     # Not used in training; transformers would refuse to save some that models ship. Ours is written beside.
     model.generation_config = GenerationConfig()
 

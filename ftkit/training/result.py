@@ -1,13 +1,13 @@
 """What training leaves behind: weights and what belongs to them, in a checkpoint and as the run's result."""
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +17,19 @@ from ftkit.console import human_bytes
 from ftkit.errors import StorageError
 from ftkit.methods.base import Method
 from ftkit.methods.files import BaseIdentity
-from ftkit.models.files import CONFIG_NAME, flush, flush_entry, read_json, storage_errors, stored_dtype
+from ftkit.models.files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    PROCESSOR_PATTERNS,
+    TensorFiles,
+    copy_matching,
+    flush,
+    flush_entry,
+    read_json,
+    storage_errors,
+    stored_dtype,
+    weight_files,
+)
 from ftkit.models.load import local_directory
 from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, write_json
 from ftkit.training.checkpoint import checkpoint_name, find_damage
@@ -53,6 +65,8 @@ def write_weights(
 ) -> None:
     """Write `parent/adapter` or `parent/model`: weights, tokenizer, chat template and generation config.
 
+    A whole model gets its base's processors besides.
+
     Args:
         state: `method.trained_state`, whole and on the CPU.
     """
@@ -61,6 +75,8 @@ def write_weights(
     method.save(model, prepared.recipe.method, directory, identity, state=state)
     prepared.template.save_to(prepared.tokenizer)
     prepared.tokenizer.save_pretrained(directory)
+    if method.name == "full":
+        copy_matching(local_directory(prepared.base, weights=False), directory, PROCESSOR_PATTERNS)
     write_json(directory / GENERATION_CONFIG, _generation_config(prepared))
 
 
@@ -76,10 +92,15 @@ def _generation_config(prepared: Prepared) -> dict[str, Any]:
     return config | {"eos_token_id": list(dict.fromkeys([*prepared.template.end_of_turn_ids, *known]))}
 
 
-def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: Method) -> Result:
+def publish_result(
+    run: Path, state: LoopState, *, prepared: Prepared, method: Method, model: PreTrainedModel
+) -> Result:
     """Copy the weights of the best or the last checkpoint to RUN/adapter or RUN/model, under a temporary name first.
 
     A full model is cast from its float32 masters to the precision that the base is stored in.
+
+    Args:
+        model: that was trained; tells what its class does not load.
 
     Raises:
         StorageError: the checkpoint is damaged, or the disk is full; nothing was changed.
@@ -101,7 +122,8 @@ def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: M
             shutil.rmtree(staging, ignore_errors=True)
             shutil.copytree(source, staging)
             if method.name == "full":
-                _cast_model(staging, stored_dtype(local_directory(prepared.base, weights=True)))
+                base = local_directory(prepared.base, weights=True)
+                _finish_model(staging, base, model._keys_to_ignore_on_load_unexpected)
             flush(staging)
             if target.exists():
                 # Only a run that was interrupted between this rename and its end has one already.
@@ -121,19 +143,31 @@ def publish_result(run: Path, state: LoopState, *, prepared: Prepared, method: M
     return Result(target, f"{target} holds the weights of {which}, {size}", tuple(commands))
 
 
-def _cast_model(directory: Path, dtype: torch.dtype) -> None:
-    """Rewrite the safetensors files of a model directory in `dtype`, one file in memory at a time."""
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        save_file(cast, path, metadata=metadata)
-    config = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    config["dtype"] = str(dtype).removeprefix("torch.")
+def _finish_model(directory: Path, base: Path, not_loaded: Sequence[str] | None) -> None:
+    """Give every weight of a model directory the precision that the base's files have it in, file by file.
+
+    What those hold and transformers does not load, such as heads that predict several tokens at once, is copied.
+
+    Args:
+        not_loaded: expressions that match the beginnings of such names.
+    """
+    dtype, index = stored_dtype(base), directory / INDEX_NAME
+    with TensorFiles(base) as stored:
+        files = weight_files(directory)
+        added = [name for name in stored.names if any(re.search(one, name) for one in not_loaded or ())]
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            kept = {name: stored[name].dtype if name in stored else dtype for name in tensors}
+            cast = {name: t.to(kept[name]) if t.is_floating_point() else t for name, t in tensors.items()}
+            if path == files[-1]:
+                cast |= {name: stored[name] for name in added}
+            save_file(cast, path, metadata=metadata)
+    config = read_json(directory / CONFIG_NAME) | {"dtype": str(dtype).removeprefix("torch.")}
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    index = directory / "model.safetensors.index.json"
     if index.is_file():
-        values = json.loads(index.read_text(encoding="utf-8"))
+        values = read_json(index)
         values.get("metadata", {}).pop("total_size", None)
+        values["weight_map"] |= dict.fromkeys(added, files[-1].name)
         index.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

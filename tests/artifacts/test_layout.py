@@ -13,9 +13,9 @@ from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.artifacts.layout import lay_out
 from ftkit.artifacts.merge import merge
 from ftkit.artifacts.updates import build_skeleton
-from ftkit.artifacts.weights import TensorFiles
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods.base import Replacement
+from ftkit.models.files import TensorFiles
 from ftkit.recipe.schema import LoraMethod
 from ftkit.runs import Target
 from tests.artifacts.adapters import Pair, logits, tensors, write_lora, write_pair
