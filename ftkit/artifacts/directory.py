@@ -156,15 +156,16 @@ def write_generation_config(
 
 
 def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy config.json, saying `dtype` under the key that the file uses for it, for parts of the model too."""
+    """Copy config.json, saying `dtype` under the key that the file uses for it; where it is another, of parts too."""
     config = read_json(source / CONFIG_NAME)
     name = str(dtype).removeprefix("torch.")
     # transformers before 5 writes and reads torch_dtype.
-    old, new = "torch_dtype", "dtype"
-    config[old if old in config else new] = name
-    for part in config.values():
-        if isinstance(part, dict):
-            part |= {key: name for key in (old, new) if part.get(key) is not None}
+    keys = ("torch_dtype", "dtype")
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) != name:
+        for part in (value for value in config.values() if isinstance(value, dict)):
+            part |= {own: name for own in keys if part.get(own) is not None}
+    config[key] = name
     _write_json(target / CONFIG_NAME, config)
 
 

@@ -23,15 +23,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForMultimodalLM if is_multimodal(config) else AutoModelForCausalLM
 
 
-def class_name(config: PreTrainedConfig) -> str | None:
-    """Name of the whole model's class that writes text; None where transformers has none for this configuration."""
-    name: str | None = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
-    return name
-
-
 def multimodal_refusal(config: PreTrainedConfig) -> str | None:
     """Why ftkit does not tune this multimodal model; None if it does."""
-    name, saved = class_name(config), (config.architectures or [None])[0]
+    name = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
+    saved = next(iter(config.architectures or ()), None)
     if name is None:
         return f"is multimodal ({config.model_type}), and transformers has no class that loads it whole and writes text"
     if saved not in (None, name):

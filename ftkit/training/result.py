@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def publish_result(
     return Result(target, f"{target} holds the weights of {which}, {size}", tuple(commands))
 
 
-def _finish_model(directory: Path, base: Path, not_loaded: Sequence[str] | None) -> None:
+def _finish_model(directory: Path, base: Path, not_loaded: Iterable[str] | None) -> None:
     """Give every weight of a model directory the precision that the base's files have it in, file by file.
 
     What those hold and transformers does not load, such as heads that predict several tokens at once, is copied.
@@ -152,9 +152,11 @@ def _finish_model(directory: Path, base: Path, not_loaded: Sequence[str] | None)
         not_loaded: expressions that match the beginnings of such names.
     """
     dtype, index = stored_dtype(base), directory / INDEX_NAME
+    files = weight_files(directory)
+    with TensorFiles(directory) as written, TensorFiles(base) as stored:
+        others = [name for name in stored.names if name not in written]
+    added = [name for name in others if any(re.search(one, name) for one in not_loaded or ())]
     with TensorFiles(base) as stored:
-        files = weight_files(directory)
-        added = [name for name in stored.names if any(re.search(one, name) for one in not_loaded or ())]
         for path in files:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
