@@ -12,6 +12,7 @@ import pytest
 from tests.models.fake_hub import COMMIT, HubServer, serve
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json")
 TOKEN = "hf_secretsecretsecret"
 
 DRIVER = """
@@ -49,6 +50,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("hub") / "model"
     tiny_model().save_pretrained(directory, max_shard_size="40KB")
     tiny_tokenizer().save_pretrained(directory)
+    for name in PROCESSOR_FILES:
+        (directory / name).write_text("{}")
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
     (directory / "consolidated.safetensors").write_bytes(b"not listed in the index")
     return directory
@@ -145,7 +148,7 @@ def test_a_tokenizer_needs_no_weights(hub: HubServer, tmp_path: Path) -> None:
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
     names = {path.name for path in Path(fetch(offline=False)).iterdir()}
-    assert "tokenizer.json" in names
+    assert {"tokenizer.json", *PROCESSOR_FILES} <= names
     assert not any(name.endswith(".safetensors") for name in names)
     hub.paths.clear()
     assert fetch(offline=True) == fetch(offline=True)
