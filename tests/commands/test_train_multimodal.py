@@ -120,6 +120,8 @@ def test_a_full_run_leaves_all_but_the_language_model_as_it_was(
     assert changed
     assert all(of_language(kind, name) for name in changed)
     assert IGNORED.get(kind, {}).keys() <= after.keys()
+    index = json.loads((run / "model" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == after.keys()
     check_files(base, run / "model")
     model = AutoModelForImageTextToText.from_pretrained(run / "model", dtype=torch.float32)
     assert logits_of_image(model, kind).isfinite().all()
