@@ -70,7 +70,11 @@ def describe(model: PreTrainedModel) -> Architecture:
     Raises:
         UserError: it has no head, or no list of blocks beside its token embedding.
     """
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:
+        # Several models in one, as Qwen 2.5 Omni.
+        _refuse(model, "it does not tell its token embedding")
     if head is None:
         _refuse(model, "it has no output head")
     config = model.config.get_text_config(decoder=True)
@@ -241,7 +245,7 @@ def _feed_forward_names(children: dict[str, nn.Module]) -> tuple[str, str] | Non
 def _refuse(model: PreTrainedModel, why: str) -> NoReturn:
     raise UserError(
         f"{type(model).__name__} is no decoder that ftkit knows: {why}",
-        how="choose a causal language model of the Llama, Qwen, Gemma, Mistral or GPT kind",
+        how="choose a causal language model of the Llama, Qwen, Gemma, Mistral or GPT kind, or one built around it",
         key=("base_model",),
     )
 

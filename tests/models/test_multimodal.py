@@ -105,9 +105,12 @@ def test_what_cannot_be_tuned_is_refused_by_name(tmp_path: Path) -> None:
     assert refusal(tmp_path, AutoConfig.for_model("florence2")).startswith("some/model is an encoder-decoder")
 
 
-def test_a_language_model_that_is_not_found_is_refused_by_name() -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("blip", "it has no output head"), ("qwen2_5_omni", "it does not tell its token embedding")]
+)
+def test_a_language_model_that_is_not_found_is_refused_by_name(kind: str, reason: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForMultimodalLM.from_config(AutoConfig.for_model("blip"))
-    with pytest.raises(UserError, match="BlipForConditionalGeneration is no decoder that ftkit knows") as caught:
+        model = AutoModelForMultimodalLM.from_config(AutoConfig.for_model(kind))
+    with pytest.raises(UserError, match=f"{type(model).__name__} is no decoder that ftkit knows: {reason}") as caught:
         describe(model)
     assert caught.value.problems[0].key == ("base_model",)
