@@ -21,7 +21,7 @@ from ftkit.methods import lora
 from ftkit.models.load import BaseModel, load_weights
 from tests.artifacts.adapters import logits, tensors
 from tests.tiny_multimodal import IGNORED, LANGUAGE, MULTIMODAL_CONFIGS, image_inputs, multimodal_model, save_multimodal
-from tests.tiny_runs import cli_environment, losses, result_hash, write_recipe
+from tests.tiny_runs import cli_environment, losses, result_hash, run_cli, write_recipe
 
 every_kind = pytest.mark.parametrize("kind", MULTIMODAL_CONFIGS)
 SAVE = PreTrainedModel.save_pretrained
@@ -186,3 +186,18 @@ def test_tied_embeddings_that_trained_are_merged_once(tmp_path: Path) -> None:
     tuned = open_result(str(tmp_path / "base-gemma3"), str(run))
     for ours, theirs in zip(logits(tuned), logits(merged), strict=True):
         assert (ours - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_two_processes_train_as_one_does(method: str, parallel: str, tmp_path: Path) -> None:
+    run = trained_run(tmp_path, "gemma3", method)
+    result = run_cli(
+        "train", tmp_path / "recipe.yaml", "--num-processes", "2", f"training.parallel={parallel}", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    other = run.with_name("recipe-2")
+    assert losses(other) == pytest.approx(losses(run), rel=1e-4)
+    name = "model" if method == "full" else "adapter"
+    assert tensors(other / name).keys() == tensors(run / name).keys()
