@@ -49,6 +49,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Architecture -> keyword arguments of `AutoConfig.for_model`: those that ftkit must work on."""
 
 MORE_CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt_neox": {
+        "model_type": "gpt_neox",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "vocab_size": VOCAB_SIZE,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
     "phi3": {"model_type": "phi3", **_SMALL, "sliding_window": 16},
     "opt": {
         "model_type": "opt",

@@ -1,6 +1,8 @@
 """What the tests of all methods share: sections, inputs, a loss."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,23 @@ SECTIONS: dict[str, Section] = {
     # A sixth of the width, rounded down: 5.
     "adapter-parallel": AdapterMethod(type="adapter", reduction_factor=6.0, insertion="parallel"),
 }
-CASES = [(architecture, case) for architecture in CONFIGS for case in SECTIONS]
+ARCHITECTURES = (*CONFIGS, "phi3", "gpt_neox", "opt", "mixtral", "qwen3_5")
+"""Those that every method is promised on."""
+CASES = [(architecture, case) for architecture in ARCHITECTURES for case in SECTIONS]
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def section_of(architecture: str, case: str) -> Section:
+    """The recipe's section: Mixtral's feed-forward is a stack of experts, which only LoRA's `target_parameters` name.
+
+    PiSSA and DoRA have no such update: there its attention alone is adapted.
+    """
+    section = SECTIONS[case]
+    if architecture != "mixtral" or not isinstance(section, LoraMethod):
+        return section
+    plain = section.init != "pissa" and not section.dora
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    return section.model_copy(update={"targets": attention, "target_parameters": EXPERTS if plain else ()})
 
 
 def method_of(case: str):
@@ -34,7 +52,7 @@ def method_of(case: str):
 def applied(architecture: str, case: str, *, seed: int = 1, **overrides) -> PreTrainedModel:
     """A tiny model with the method of `case`."""
     model = tiny_model(architecture, **overrides)
-    method_of(case).apply(model, SECTIONS[case], seed=seed)
+    method_of(case).apply(model, section_of(architecture, case), seed=seed)
     return model
 
 
@@ -74,3 +92,15 @@ def batches(count: int) -> Iterator[Tensor]:
     different = torch.randint(0, 256, (4, 2, 12), generator=generator)
     for index in range(count):
         yield different[index % 4]
+
+
+def main(directory: Path) -> None:
+    """A line for every case that was saved under `directory`: whether its logits are those saved beside it."""
+    for architecture, case in CASES:
+        model, saved = tiny_model(architecture), directory / architecture / case
+        method_of(case).load(model, saved)
+        print("equal" if torch.equal(logits(model), torch.load(saved / "logits.pt")) else f"{architecture}-{case}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

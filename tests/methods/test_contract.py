@@ -1,6 +1,8 @@
 """What every method must keep, on every architecture that ftkit promises."""
 
 import hashlib
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -10,14 +12,15 @@ from ftkit.errors import UserError
 from ftkit.methods.base import merged_weight, report
 from ftkit.methods.files import BaseIdentity
 from ftkit.methods.table import METHODS
-from ftkit.models.architecture import linear_modules, linear_shape, norm_modules
+from ftkit.models.architecture import linear_modules, linear_shape, norm_modules, stacked_experts
+from ftkit.models.precision import compute_in
 from ftkit.recipe.schema import Method
-from tests.methods.cases import CASES, SECTIONS, applied, logits, loss, method_of, perturb, trained
-from tests.tiny_models import CONFIGS, VOCAB_SIZE, tiny_model
+from tests.methods.cases import CASES, SECTIONS, applied, logits, loss, method_of, perturb, section_of, trained
+from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 IDENTITY = BaseIdentity("org/base", "abc", "sha256:0")
-WIDTH, LAYERS, BOTTLENECK = 32, 2, 6
-TIED = ("llama", "gemma3", "gpt2")
+WIDTH, BOTTLENECK = 32, 6
+TIED = ("llama", "gemma3", "gpt2", "opt")
 """Architectures whose head is their embeddings."""
 
 every_case = pytest.mark.parametrize(("architecture", "case"), CASES)
@@ -36,6 +39,12 @@ def rounding(case: str) -> float:
 def tied_head(model) -> str:
     """The first name of the head's weight, which may be that of the embeddings."""
     return next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight)
+
+
+def stacks(architecture: str) -> dict[str, torch.Size]:
+    """Name of each stack of experts -> [E, O, I]."""
+    model = tiny_model(architecture)
+    return {name: model.get_parameter(name).shape for name in stacked_experts(model)}
 
 
 def test_the_table_and_the_schema_know_the_same_methods():
@@ -97,13 +106,13 @@ def test_only_what_is_meant_trains_and_gets_a_gradient(architecture, case):
 def test_saved_and_loaded_gives_equal_bits(architecture, case, tmp_path):
     model, method = applied(architecture, case), method_of(case)
     perturb(model)
-    method.save(model, SECTIONS[case], tmp_path, IDENTITY)
+    method.save(model, section_of(architecture, case), tmp_path, IDENTITY)
     fresh = tiny_model(architecture)
     section = method.load(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(model))
     assert not torch.equal(logits(fresh), logits(tiny_model(architecture)))
     assert set(trained(fresh)) == set(trained(model))
-    assert section.type == SECTIONS[case].type
+    assert section.type == section_of(architecture, case).type
 
 
 @every_case
@@ -156,12 +165,12 @@ def test_on_a_model_without_memory(architecture, case, tmp_path):
     source, method = applied(architecture, case), method_of(case)
     with torch.device("meta"):
         empty, loaded = (type(source)(source.config) for _ in range(2))
-    method.apply(empty, SECTIONS[case], seed=1)
+    method.apply(empty, section_of(architecture, case), seed=1)
     assert all(parameter.is_meta for parameter in empty.parameters())
     assert report(empty) == report(source)
     assert list(method.trained_state(empty)) == list(method.trained_state(source))
     if method.name != "full":
-        method.save(source, SECTIONS[case], tmp_path, IDENTITY)
+        method.save(source, section_of(architecture, case), tmp_path, IDENTITY)
         method.load(loaded, tmp_path)
         assert report(loaded) == report(source)
 
@@ -227,7 +236,7 @@ def test_the_base_is_there_while_disabled(architecture, case):
     method, model = method_of(case), applied(architecture, case)
     perturb(model)
     tuned = logits(model)
-    if not method.keeps_base(SECTIONS[case]):
+    if not method.keeps_base(section_of(architecture, case)):
         assert case in ("full", "adapter-norms", "lora-modules")
         return
     base = logits(tiny_model(architecture))
@@ -244,22 +253,24 @@ def test_merging_equals_the_adapted_model(architecture, case):
     method, model = method_of(case), applied(architecture, case)
     if method.merge_refusal is not None:
         with pytest.raises(AssertionError):
-            list(method.deltas(model, method.trained_state(model), SECTIONS[case]))
+            list(method.deltas(model, method.trained_state(model), section_of(architecture, case)))
         return
     perturb(model)
     merged, changed = tiny_model(architecture), set()
     parameters = dict(merged.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, delta in method.deltas(merged, method.trained_state(model), SECTIONS[case]):
+        for name, delta in method.deltas(merged, method.trained_state(model), section_of(architecture, case)):
             weight = parameters[name]
             assert torch.equal(delta(weight), delta(weight))
             assert delta(weight).dtype == torch.float32
             weight.copy_(merged_weight(weight, delta))
             changed.add(name)
     replaced = {"lm_head.weight", tied_head(merged)} if case == "lora-modules" else set()
-    assert changed == {f"{path}.weight" for path in linear_modules(merged)} | replaced
+    experts = set(stacks(architecture)) if case in ("lora", "lora-modules") else set()
+    assert changed == {f"{path}.weight" for path in linear_modules(merged)} | replaced | experts
     adapted = logits(model)
-    assert (logits(merged) - adapted).abs().max() <= 1e-5
+    # Qwen 3.5's recurrence carries the rounding of one token's products into all that follow.
+    assert (logits(merged) - adapted).abs().max() <= (5e-5 if architecture == "qwen3_5" else 1e-5)
 
 
 @every_case
@@ -267,9 +278,12 @@ def test_report_counts(architecture, case):
     base = report(tiny_model(architecture)).total_parameters
     norms = sum(p.numel() for norm in norm_modules(tiny_model(architecture)).values() for p in norm.parameters())
     shapes = [linear_shape(layer) for layer in linear_modules(tiny_model(architecture)).values()]
+    layers = tiny_model(architecture).config.num_hidden_layers
     # Two adapters a block of 2md + d + m parameters.
-    adapters, narrow = (2 * LAYERS * (2 * m * WIDTH + WIDTH + m) for m in (BOTTLENECK, WIDTH // 6))
+    adapters, narrow = (2 * layers * (2 * m * WIDTH + WIDTH + m) for m in (BOTTLENECK, WIDTH // 6))
     inserted = {"full": 0, "lora": sum(4 * (i + o) for i, o in shapes)}
+    if case in ("lora", "lora-modules"):
+        inserted["lora"] += sum(4 * e * (i + o) for e, o, i in stacks(architecture).values())
     inserted |= {"adapter": adapters, "adapter-norms": adapters, "adapter-parallel": narrow}
     # A length for every row.
     inserted["lora-dora"] = inserted["lora"] + sum(o for _, o in shapes)
@@ -306,12 +320,36 @@ def test_the_saved_size_is_nearly_that_of_the_file(case, tmp_path):
     assert weights.stat().st_size - header == report(model, method_of(case)).saved_bytes
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
-@every_section
-def test_masters_of_a_bfloat16_base_are_float32(architecture, case):
+@every_case
+def test_a_bfloat16_base_trains_float32_masters(architecture, case):
     model = tiny_model(architecture).bfloat16()
     names = {name for name, _ in model.named_parameters()}
-    method_of(case).apply(model, SECTIONS[case], seed=0)
+    method_of(case).apply(model, section_of(architecture, case), seed=0)
     for name, parameter in model.named_parameters():
         trains = parameter.requires_grad
         assert parameter.dtype == (torch.bfloat16 if name in names and not trains else torch.float32), name
+    perturb(model)
+    compute_in(model, torch.bfloat16)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train().zero_grad()
+        loss(model).backward()
+        gradients.append({name: parameter.grad for name, parameter in trained(model).items()})
+    for name, gradient in gradients[0].items():
+        assert gradient.dtype == torch.float32, name
+        assert gradient.isfinite().all(), name
+        assert gradient.count_nonzero() > 0, name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_a_fresh_process_loads_the_same_bits(tmp_path):
+    """All cases in one process: starting it costs more than all of them."""
+    for architecture, case in CASES:
+        directory, model = tmp_path / architecture / case, applied(architecture, case)
+        perturb(model)
+        method_of(case).save(model, section_of(architecture, case), directory, IDENTITY)
+        torch.save(logits(model), directory / "logits.pt")
+    done = subprocess.run([sys.executable, "-m", "tests.methods.cases", str(tmp_path)], text=True, capture_output=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["equal"] * len(CASES)), done.stderr
