@@ -25,7 +25,7 @@ def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: s
     Raises:
         CheckFailedError: a weight is in no file; it would stay unmerged in silence.
     """
-    stored = {name for path in weight_files(source) for name in _names(path)}
+    stored = {name for path in weight_files(source) for name in stored_names(path)}
     found: dict[str, ComputeDelta] = {}
     for name, delta in names.items():
         candidates = (name, name.removeprefix(f"{prefix}."))
@@ -54,7 +54,7 @@ def rewrite(
     """
     total_size = 0
     for path in weight_files(source):
-        tensors = {name: rewritten(tensor, deltas.get(name), dtype) for name, tensor in _tensors(path)}
+        tensors = {name: rewritten(tensor, deltas.get(name), dtype) for name, tensor in stored_tensors(path)}
         total_size += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, target / path.name, metadata={"format": "pt"})
     if len(weight_files(source)) > 1:
@@ -88,11 +88,11 @@ def check_tensors(
     """
     wrong: list[str] = []
     for before, after in zip(weight_files(source), weight_files(target), strict=True):
-        if set(_names(before)) != set(_names(after)):
+        if set(stored_names(before)) != set(stored_names(after)):
             wrong.append(f"the tensors of {after.name} are not those of the base")
             continue
         with safe_open(after, framework="pt") as written:
-            for name, tensor in _tensors(before):
+            for name, tensor in stored_tensors(before):
                 merged = written.get_tensor(name)
                 if not same_bits(merged, rewritten(tensor, deltas.get(name), dtype)):
                     wrong.append(f"{name} is not cast(W + s BA)" if name in deltas else f"{name} was altered")
@@ -110,12 +110,13 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def _names(path: Path) -> list[str]:
+def stored_names(path: Path) -> list[str]:
+    """Names of the tensors in a file."""
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, one in memory at a time (mapped, not read, until it is used)."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
 from ftkit.methods.base import (
-    ComputeDelta,
     Delta,
     Gather,
     Replacement,
@@ -43,6 +43,30 @@ merge_refusal: str | None = None
 
 PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 """peft's names in the file: base_model.model.PATH.lora_A.weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankDelta:
+    """The `ComputeDelta` of an adapted weight: scale * B A, and under DoRA what the lengths of its rows make of it."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    magnitude_O: Tensor | None
+    """Trained lengths of the weight's rows (DoRA); else None."""
+    scale: float
+    transposed: bool
+    """Whether the weight is [I, O]."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The difference in the layout of `weight`."""
+        # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
+        delta_OI = (self.b_OR.float() @ self.a_RI.float()) * self.scale
+        if self.magnitude_O is not None:
+            weight_OI = weight.t() if self.transposed else weight
+            tuned_OI = weight_OI + delta_OI
+            gains_O = gains(self.magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
+            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
+        return delta_OI.t() if self.transposed else delta_OI
 
 
 def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
@@ -134,7 +158,7 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMet
         a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
         assert a_RI is not None, path
         assert b_OR is not None, path
-        yield f"{path}.weight", _delta(a_RI, b_OR, magnitude_O, _scale(section, path), isinstance(module, Conv1D))
+        yield f"{path}.weight", LowRankDelta(a_RI, b_OR, magnitude_O, _scale(section, path), isinstance(module, Conv1D))
     replacements: dict[int, Replacement] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (tuned := state.get(f"{PREFIX}{name}")) is not None:
@@ -221,17 +245,3 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
-
-
-def _delta(a_RI: Tensor, b_OR: Tensor, magnitude_O: Tensor | None, scale: float, transposed: bool) -> ComputeDelta:
-    def compute(weight: Tensor) -> Tensor:
-        # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
-        delta_OI = (b_OR.float() @ a_RI.float()) * scale
-        if magnitude_O is not None:
-            weight_OI = weight.t() if transposed else weight
-            tuned_OI = weight_OI + delta_OI
-            gains_O = gains(magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
-            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
-        return delta_OI.t() if transposed else delta_OI
-
-    return compute
