@@ -180,12 +180,12 @@ def preview(
 def merge(
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="A run or adapter (not in this version: several, weights)."),
+        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; weight 0.5 adds half, -1 subtracts."),
     ],
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Base model; default the one that the adapter names.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Default RUN/merged.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Default RUN/merged, for one adapter.")] = None,
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     offline: Offline = False,

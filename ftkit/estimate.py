@@ -32,6 +32,8 @@ class Estimate:
     parameters: int
     """Of the model, inserted ones included."""
     trainable_parameters: int
+    places: tuple[str, ...]
+    """Where the method inserted modules, in words."""
     memory_bytes: Memory
     optimizer_steps: int
     tokens: int
@@ -61,6 +63,7 @@ def estimate(prepared: Prepared, device: torch.device) -> Estimate:
     return Estimate(
         parameters=counts.total_parameters,
         trainable_parameters=counts.trainable_parameters,
+        places=counts.places,
         memory_bytes=Memory(weights, state, state * ADAMW_MOMENTS),
         optimizer_steps=len(plan.steps),
         tokens=plan.num_tokens,

@@ -1,6 +1,7 @@
 """Runs on one CUDA GPU, beside the same runs on the CPU: what tests on a CPU cannot show."""
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -86,6 +87,33 @@ def test_layout_and_checkpointing_do_not_change_the_losses(directory: Path, meth
     expected, *others = [losses(run_number(directory, number + 1)) for number in range(len(layouts))]
     for values in others:
         assert values == pytest.approx(expected, rel=RELATIVE["float32"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs the package flash-attn")
+# Mistral with its window; OPT, whose mask knows nothing of positions, where flash attention does.
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "opt"])
+def test_flash_attention_packs_what_it_is_proven_on(directory: Path, architecture: str) -> None:
+    recipe = write_recipe(directory, architecture=architecture, **STEPS)
+    flash = ["model.dtype=bfloat16", "model.attn_implementation=flash_attention_2"]
+    output = train_on_gpu(recipe, *flash, "data.packing=required")
+    assert "packing    packed, kept apart by restarting position_ids (proven with flash_attention_2: off by" in output
+    train_on_gpu(recipe, *flash, "data.packing=off")
+    train_on_gpu(recipe, "model.dtype=bfloat16")
+    packed, *others = (losses(run_number(directory, number)) for number in (1, 2, 3))
+    for values in others:
+        assert values == pytest.approx(packed, rel=RELATIVE["bfloat16"])
+
+
+@pytest.mark.parametrize("architecture", ["opt", "phi3", "mixtral", "gpt_oss", "qwen3_5", "lfm2"])
+def test_losses_of_the_other_architectures_whose_packing_is_proven(directory: Path, architecture: str) -> None:
+    """On the first step, before rounding can send a token to another expert."""
+    recipe = write_recipe(directory, architecture=architecture, max_steps=1, eval_steps=1)
+    train(recipe, [])
+    train_on_gpu(recipe)
+    train_on_gpu(recipe, "data.packing=off")
+    cpu, *gpu = (losses(run_number(directory, number)) for number in (1, 2, 3))
+    for values in gpu:
+        assert values == pytest.approx(cpu, rel=RELATIVE["float32"])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.artifacts.directory import copy_companions, staged, write_config
 from ftkit.artifacts.merge import merge
 from ftkit.artifacts.weights import copy_weights, rewrite
@@ -15,7 +16,7 @@ from ftkit.runs import Target
 def export_hf(target: Target, output: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
     """Write the model, with a LoRA merged first (proof included); see `Exporter` for the arguments and errors."""
     if target.adapter is not None:
-        merge(target, output, dtype=dtype, overwrite=overwrite)
+        merge([WeightedAdapter(target)], output, dtype=dtype, overwrite=overwrite)
         return
     load_config(target.model)
     source = local_directory(target.model, weights=True)

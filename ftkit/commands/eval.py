@@ -105,7 +105,8 @@ def _tasks(
     if target.run is None:
         raise UserError(f"{target.label} belongs to no run, so there are no validation rows", how="name a --suite FILE")
     loaded = load_recipe(target.run / RECIPE)
-    plan = prepare(loaded, Console(quiet=True), offline=offline, trust_remote_code=trust_remote_code).plan
+    quiet = Console(quiet=True)
+    plan = prepare(loaded, quiet, offline=offline, trust_remote_code=trust_remote_code, begins=False).plan
     if recorded_data(target.run) != plan.fingerprint:
         raise UserError(
             f"the data of {target.run} is not what it was trained on, so its validation rows are not known any more",

@@ -1,4 +1,4 @@
-"""`ftkit merge`: fold a LoRA into the base weights, and prove that nothing else changed."""
+"""`ftkit merge`: fold LoRA adapters into the base weights, and prove that nothing else changed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,18 +23,27 @@ def merge(
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Merge ADAPTER (a run, a checkpoint or an adapter directory) into its base, written to `output`."""
-    from ftkit.artifacts.merge import lora_of, single_adapter
-    from ftkit.artifacts.merge import merge as merge_adapter
+    """Merge each ADAPTER[:WEIGHT] (a run, a checkpoint or an adapter directory) into their base, into `output`."""
+    from ftkit.artifacts.adapters import WeightedAdapter, parse_adapter
+    from ftkit.artifacts.merge import merge as merge_adapters
     from ftkit.runs import MERGED, find_target
 
     console = Console()
-    result_dtype, name = as_dtype(dtype), single_adapter(adapters)
-    target = find_target(name, base=base, offline=offline, trust_remote_code=trust_remote_code)
-    output = output or (target.run or lora_of(target).parent) / MERGED
-    report = merge_adapter(target, output, dtype=result_dtype, overwrite=overwrite)
+    result_dtype = as_dtype(dtype)
+    named = [
+        WeightedAdapter(find_target(name, base=base, offline=offline, trust_remote_code=trust_remote_code), weight)
+        for name, weight in map(parse_adapter, adapters)
+    ]
+    target = named[0].target
+    if output is None:
+        if len(named) > 1:
+            raise UserError("several adapters have no run in common to write to", how="say where with --output DIR")
+        output = (target.run or named[0].directory.parent) / MERGED
+    report = merge_adapters(named, output, dtype=result_dtype, overwrite=overwrite)
     relative = report.max_abs_logit_difference / report.max_abs_logit
     others = "copied bit for bit" if dtype is None else f"cast to {dtype}"
+    if len(named) > 1 or named[0].weight != 1.0:
+        console.line(f"adapters   {', '.join(f'{one.target.label} x {one.weight:g}' for one in named)}")
     console.line(f"merged     {report.tensors_changed} weights of {target.model.name}, all others {others}")
     console.line(
         f"proof      float32 logits differ by {report.max_abs_logit_difference:.2e} at most, "

@@ -44,6 +44,8 @@ def _plan(loaded: LoadedRecipe, *, json: bool, offline: bool, trust_remote_code:
         f"method     {prepared.recipe.method.type}: trains {human_count(result.trainable_parameters)} of "
         f"{human_count(result.parameters)} parameters ({share:.2f}%)"
     )
+    if result.places:
+        console.line(f"places     {', '.join(result.places)}")
     console.line(
         f"memory     weights {human_bytes(memory.weights)}, gradients {human_bytes(memory.gradients)}, "
         f"optimizer {human_bytes(memory.optimizer)}; activations come on top"

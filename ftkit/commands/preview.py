@@ -66,7 +66,7 @@ def _preview(
 
     # 1. The whole plan: the same rows, draws and examples that training takes.
     console = Console(quiet=json)
-    prepared = prepare(loaded, console, offline=offline, trust_remote_code=trust_remote_code)
+    prepared = prepare(loaded, console, offline=offline, trust_remote_code=trust_remote_code, begins=False)
     names = prepared.plan.dataset_names
     if dataset is not None and dataset not in names:
         raise UserError(f"there is no data set {dataset}", how=f"choose one of {', '.join(names)}")

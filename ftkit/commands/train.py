@@ -105,7 +105,13 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
     console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
 
     # 1. Everything that needs no weights, before any process group exists: it would time out meanwhile.
-    prepared = prepare(loaded, console, offline=options.offline, trust_remote_code=options.trust_remote_code)
+    prepared = prepare(
+        loaded,
+        console,
+        offline=options.offline,
+        trust_remote_code=options.trust_remote_code,
+        begins=not (options.resume or options.checkpoint),
+    )
     prepared.print(console)
 
     world, lock = World(), RunLock()

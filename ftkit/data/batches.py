@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ftkit.data.types import IGNORE, EncodedExample
 
+EVEN = 1.01
+"""Ranks count as even where the fullest has at most so many times the mean, or a single document."""
+
 
 @dataclass(slots=True)
 class Batch:
@@ -64,8 +67,8 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 def deal(lengths: Sequence[int], *, world_size: int, max_tokens: int, padded: bool = False) -> list[list[list[int]]]:
     """Deal documents to ranks so that tokens balance, and to micro-batches that keep the budget.
 
-    Longest document first to the rank with the fewest tokens so far, then into the rank's micro-batches. A document
-    longer than `max_tokens` gets a micro-batch of its own. Deterministic, so that every rank can work it out alone.
+    First to ranks, then into each rank's micro-batches, longest first. A document longer than `max_tokens` gets a
+    micro-batch of its own. Deterministic, so that every rank can work it out alone.
 
     Args:
         lengths: tokens of each document.
@@ -77,17 +80,58 @@ def deal(lengths: Sequence[int], *, world_size: int, max_tokens: int, padded: bo
         [rank][micro-batch] -> positions in `lengths`, ascending. Every rank has the same number of micro-batches, at
         least one; empty ones fill up.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    fill = _fill_padded if padded else _fill_packed
+    dealt = []
+    for positions in _deal_to_ranks(lengths, world_size):
+        longest_first = sorted(positions, key=lambda position: (-lengths[position], position))
+        dealt.append([sorted(bin_) for bin_ in fill(longest_first, lengths, max_tokens)])
+    most = max(1, *(len(bins) for bins in dealt))
+    return [bins + [[] for _ in range(most - len(bins))] for bins in dealt]
+
+
+def _deal_to_ranks(lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Longest first to the rank with the fewest tokens so far (Graham 1969, https://doi.org/10.1137/0117039).
+
+    With a few documents a rank that leaves the fullest up to a third above the best possible; so exchanges follow.
+    """
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [(0, rank) for rank in range(world_size)]
-    for position in longest_first:
+    for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
         load, rank = heapq.heappop(loads)
         ranks[rank].append(position)
         heapq.heappush(loads, (load + lengths[position], rank))
-    fill = _fill_padded if padded else _fill_packed
-    dealt = [[sorted(bin_) for bin_ in fill(positions, lengths, max_tokens)] for positions in ranks]
-    most = max(1, *(len(bins) for bins in dealt))
-    return [bins + [[] for _ in range(most - len(bins))] for bins in dealt]
+    even = max(EVEN * sum(lengths) / world_size, max(lengths, default=0))
+    while _exchange(ranks, lengths, even):
+        pass
+    return ranks
+
+
+def _exchange(ranks: list[list[int]], lengths: Sequence[int], even: float) -> bool:
+    """Take a document from the fullest rank, for a shorter one or none; False where that does not help, or need not.
+
+    Of all such exchanges the one that leaves the fuller of its two ranks with the fewest tokens.
+    """
+    loads = [sum(lengths[position] for position in positions) for positions in ranks]
+    fullest = max(range(len(ranks)), key=loads.__getitem__)
+    if loads[fullest] <= even:
+        return False
+    best_load, best = loads[fullest], None
+    for rank, load in enumerate(loads):
+        for given in ranks[fullest]:
+            for taken in (None, *ranks[rank]):
+                moved = lengths[given] - (0 if taken is None else lengths[taken])
+                fuller = max(loads[fullest] - moved, load + moved)
+                if rank != fullest and fuller < best_load:
+                    best_load, best = fuller, (rank, given, taken)
+    if best is None:
+        return False
+    rank, given, taken = best
+    ranks[fullest].remove(given)
+    ranks[rank].append(given)
+    if taken is not None:
+        ranks[rank].remove(taken)
+        ranks[fullest].append(taken)
+    return True
 
 
 def _fill_packed(longest_first: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

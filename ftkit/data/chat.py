@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from ftkit.data.direct_rendering import DirectRenderer
 from ftkit.data.end_of_turn import ANSWERS, QUESTION, EndOfTurn, TurnKind, find_end_of_turn
+from ftkit.data.frames import Frames
 from ftkit.data.shadow import find_lost_text, template_constants
 from ftkit.data.template_texts import BUILT_IN, PLAIN, pin_date
 from ftkit.data.types import Message
@@ -61,6 +63,8 @@ class ChatTemplate:
         self.templates: Templates = {"default": template} if isinstance(template, str) else dict(template)
         self._tokenizer = tokenizer
         self._pinned = {name: pin_date(text) for name, text in self.templates.items()}
+        self._direct = DirectRenderer(tokenizer, self.kwargs)
+        self._frames = Frames()
         self._constants: dict[str, re.Pattern[str]] = {}
         self._ends: dict[tuple[TurnKind, bool], EndOfTurn] = {}
         self._prints_reasoning: dict[tuple[TurnKind, bool], bool] = {}
@@ -123,17 +127,24 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages or fails on them; names `where`.
         """
-        try:
+        template = self._pinned[self._name_for(tools)]
+
+        def reference() -> str:
             rendered = self._tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) or None,
-                chat_template=self._pinned[self._name_for(tools)],
+                chat_template=template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 **self.kwargs,
             )
             assert isinstance(rendered, str)
             return rendered
+
+        try:
+            if tools:
+                return reference()
+            return self._direct.render(template, messages, generation_prompt=generation_prompt, reference=reference)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template is no valid Jinja: {error}", key=("model", "chat_template")) from None
         except Exception as error:  # A template is foreign code: whatever it raises, it cannot do this conversation.
@@ -184,15 +195,18 @@ class ChatTemplate:
                 does not know; names `where`.
         """
 
+        def render(shadow: Sequence[TemplateMessage]) -> str:
+            return self.render(shadow, tools, where=where)
+
         def constants() -> re.Pattern[str]:
             name = self._name_for(tools)
             if name not in self._constants:
                 self._constants[name] = template_constants(self.templates[name])
             return self._constants[name]
 
-        lost = find_lost_text(
-            lambda shadow: self.render(shadow, tools, where=where), messages, needed, rendered, constants
-        )
+        if not tools and self._frames.hold(messages, rendered, render):
+            return
+        lost = find_lost_text(render, messages, needed, rendered, constants)
         if lost is not None:
             raise UserError(f"the chat template {lost}", how=f"take it out, or {OTHER_TEMPLATE}", where=where or None)
 

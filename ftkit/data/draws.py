@@ -59,7 +59,8 @@ def draw_run(recipe: Recipe, train: Sequence[Corpus], split: Split, encoder: Enc
     rows = None if num_steps is None else num_steps * training.global_batch_size + _window(training.global_batch_size)
     while True:
         epochs, exhausted = _draw_epochs(recipe, train, split, rows)
-        flat = np.concatenate([epoch.jobs for epoch in epochs])
+        # Without `dtype`, numpy would turn the numbers round, and jobs sorted as bytes would lie all over the store.
+        flat = np.concatenate([epoch.jobs for epoch in epochs], dtype=JOB)
         as_bytes = flat.view(np.dtype((np.void, JOB.itemsize)))
         _, first, inverse = np.unique(as_bytes, return_index=True, return_inverse=True)
         jobs = flat[first]

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import jinja2
-import numpy as np
 import tokenizers
 import transformers
+from tokenizers import Encoding
 
 from ftkit.data.chat import ChatTemplate
+from ftkit.data.labels import label_pieces, label_turns
 from ftkit.data.reasoning import has_thoughts, split_thoughts
 from ftkit.data.rendering import RenderedExample, TurnsMode, render_examples
 from ftkit.data.token_spans import SpanTokenizer, Tokens
+from ftkit.data.trained_turns import TrainOn, turns_to_render
 from ftkit.data.truncation import cut_left, shorten
-from ftkit.data.types import IGNORE, Conversation, Document, Example, Message, Text
+from ftkit.data.types import Conversation, Document, Example, Message, Text
 from ftkit.errors import UserError
 from ftkit.recipe.schema import DataSection
 
@@ -49,6 +51,23 @@ class EncodeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text, before it is given to the tokenizer."""
+
+    conversation: Conversation
+    """Completed."""
+    turns: Sequence[int]
+    """To render."""
+    mode: TurnsMode
+    examples: list[RenderedExample]
+
+    @property
+    def texts(self) -> list[str]:
+        """One for each of the examples."""
+        return [example.text for example in self.examples]
+
+
+@dataclass(frozen=True, slots=True)
 class _Encoded:
     """One example before its labels."""
 
@@ -75,7 +94,7 @@ class Encoder:
         *,
         max_length: int,
         turns: TurnsMode = "auto",
-        train_on: Literal["assistant", "last_assistant", "all"] = "assistant",
+        train_on: TrainOn = "assistant",
         train_on_reasoning: bool = True,
         truncation: Literal["oldest_turns", "left", "drop", "error"] = "oldest_turns",
         system_prompt: str | None = None,
@@ -120,17 +139,38 @@ class Encoder:
             UserError: the chat template cannot render the conversation, loses some of its text, or cannot be trained
                 on; it is too long and `truncation` is `error`; names `where`, the row.
         """
+        started = self.start(document, where)
+        return self.finish(started, self.tokenize(started.texts), where) if isinstance(started, Rendered) else started
+
+    def start(self, document: Document, where: str = "") -> Rendered | EncodeResult:
+        """`encode` up to the tokenizer: a conversation's text. Whatever needs none is done.
+
+        Raises:
+            UserError: as `encode`.
+        """
         if isinstance(document, Text):
             return self._encode_text(document, where)
         assert isinstance(document, Conversation), "a task record is put into words before it is encoded"
-        turns = self._turns_to_render(document.messages, where)
+        turns = turns_to_render(document.messages, self.train_on, where)
         if not turns and self.train_on != "all":
             return EncodeResult([], NO_TURN)
         conversation = self._completed(document, where)
-        turns = [turn + len(conversation.messages) - len(document.messages) for turn in turns]
+        added = len(conversation.messages) - len(document.messages)
+        return self._render(conversation, [turn + added for turn in turns], self.turns, where)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Encoding | None]:
+        """What the tokenizer says of texts of `start`; None where it does not say which token lies where."""
+        return self._spans.encode_all(texts)
+
+    def finish(self, rendered: Rendered, encodings: Sequence[Encoding | None], where: str = "") -> EncodeResult:
+        """The rest of `encode`; `encodings` are `tokenize`'s of the rendered texts.
+
+        Raises:
+            UserError: as `encode`.
+        """
         examples: list[Example] = []
         reason, uncut = None, 0
-        for encoded in self._encode_conversation(conversation, turns, self.turns, where):
+        for encoded in self._with_tokens(rendered, encodings, where):
             uncut = max(uncut, len(encoded.tokens.ids))
             example = self._fitting(encoded, where)
             if isinstance(example, str):
@@ -139,7 +179,7 @@ class Encoder:
                 examples.append(example)
             else:
                 reason = NO_TARGET
-        return EncodeResult(examples, reason, uncut, self._has_thoughts(conversation, turns))
+        return EncodeResult(examples, reason, uncut, self._has_thoughts(rendered.conversation, rendered.turns))
 
     def encode_prompt(self, conversation: Conversation, where: str = "") -> list[int]:
         """Ids of what a server feeds the model: the messages and the generation prompt.
@@ -169,11 +209,7 @@ class Encoder:
         return tokens.ids[start : end if end_of_turn else end - 1]
 
     def _encode_text(self, document: Text, where: str) -> EncodeResult:
-        """Pieces of at most `max_length` tokens, EOS at the document's end; begun as the tokenizer begins a text.
-
-        A piece begins with the last token of the one before, so that every token but the document's first is a target
-        exactly once.
-        """
+        """Pieces of at most `max_length` tokens, EOS at the document's end; begun as the tokenizer begins a text."""
         if not document.text.strip():
             return EncodeResult([], NO_TEXT)
         _check_unicode(document.text, where)
@@ -181,10 +217,9 @@ class Encoder:
         eos = self._tokenizer.eos_token_id
         if eos is not None and ids[-1:] != [eos]:
             ids = [*ids, eos]
-        starts = range(0, len(ids) - 1, self.max_length - 1)
-        pieces = [np.array(ids[start : start + self.max_length], np.int32) for start in starts]
-        examples = [_with_labels(piece, piece) for piece in pieces]
-        return EncodeResult(examples, None if pieces else NO_TEXT, uncut=max(map(len, pieces), default=0))
+        examples = label_pieces(ids, self.max_length)
+        uncut = max((example.num_tokens for example in examples), default=0)
+        return EncodeResult(examples, None if examples else NO_TEXT, uncut)
 
     def _template_of(self, conversation: Conversation, where: str) -> ChatTemplate:
         return self.template.with_kwargs(conversation.chat_template_kwargs, where=where)
@@ -210,24 +245,32 @@ class Encoder:
     def _encode_conversation(
         self, conversation: Conversation, turns: Sequence[int], mode: TurnsMode, where: str
     ) -> list[_Encoded]:
-        everything = self.train_on == "all"
-        rendered = render_examples(
+        rendered = self._render(conversation, turns, mode, where)
+        return self._with_tokens(rendered, self.tokenize(rendered.texts), where)
+
+    def _render(self, conversation: Conversation, turns: Sequence[int], mode: TurnsMode, where: str) -> Rendered:
+        examples = render_examples(
             self._template_of(conversation, where),
             conversation,
             turns,
             mode=mode,
-            to_the_end=everything and mode != "each",
+            to_the_end=self.train_on == "all" and mode != "each",
             train_on_reasoning=self.train_on_reasoning,
             where=where,
         )
-        encoded = []
-        for example in rendered:
+        for example in examples:
             _check_unicode(example.text, where)
-            tokens = self._spans.together(example.text, example.spans, example.answers)
-            if tokens is None and mode == "auto" and len(example.spans) > 1 and not everything:
-                return self._encode_conversation(conversation, turns, "each", where)
+        return Rendered(conversation, turns, mode, examples)
+
+    def _with_tokens(self, rendered: Rendered, encodings: Sequence[Encoding | None], where: str) -> list[_Encoded]:
+        may_split = rendered.mode == "auto" and self.train_on != "all"
+        encoded = []
+        for example, encoding in zip(rendered.examples, encodings, strict=True):
+            tokens = self._spans.together(example.text, example.spans, example.answers, encoding)
+            if tokens is None and may_split and len(example.spans) > 1:
+                return self._encode_conversation(rendered.conversation, rendered.turns, "each", where)
             tokens = tokens or self._spans.apart(example.text, example.spans, example.answers)
-            encoded.append(_Encoded(conversation, example, tokens))
+            encoded.append(_Encoded(rendered.conversation, example, tokens))
         return encoded
 
     def _fitting(self, encoded: _Encoded, where: str) -> Example | str:
@@ -270,28 +313,8 @@ class Encoder:
         return trained[-1] if trained else (num_tokens, num_tokens)
 
     def _example(self, encoded: _Encoded) -> Example:
-        tokens = encoded.tokens
-        ids = np.array(tokens.ids, np.int32)
-        if self.train_on == "all":
-            labels = ids.copy()
-            for turn, (start, end), answer in zip(encoded.rendered.turns, tokens.spans, tokens.answers, strict=True):
-                untrained = encoded.conversation.messages[turn].train is False
-                labels[start : end if untrained else answer] = IGNORE
-        else:
-            labels = np.full_like(ids, IGNORE)
-            for (_, end), answer in zip(tokens.spans, tokens.answers, strict=True):
-                labels[answer:end] = ids[answer:end]
-        return _with_labels(ids, labels)
-
-    def _turns_to_render(self, messages: Sequence[Message], where: str) -> list[int]:
-        """Assistant turns whose place must be known: the trained ones, and with `train_on: all` the untrained too."""
-        answers = [index for index, message in enumerate(messages) if message.role == "assistant" and index > 0]
-        _check_flags(messages, self.train_on == "all", where)
-        if self.train_on == "all":
-            return answers
-        by_default = answers[-1:] if self.train_on == "last_assistant" else answers
-        flags = {index: messages[index].train for index in answers}
-        return [index for index in answers if flags[index] or (flags[index] is None and index in by_default)]
+        messages, turns = encoded.conversation.messages, encoded.rendered.turns
+        return label_turns(encoded.tokens, turns, messages, everything=self.train_on == "all")
 
 
 def make_encoder(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, section: DataSection) -> Encoder:
@@ -312,18 +335,6 @@ def make_encoder(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, s
     )
 
 
-def _check_flags(messages: Sequence[Message], everything: bool, where: str) -> None:
-    """Refuse `train` on a message that cannot follow it: only of the assistant's is known where their tokens lie."""
-    for number, message in enumerate(messages, start=1):
-        if message.role != "assistant" and message.train is not None and message.train != everything:
-            raise UserError(
-                f"message {number} ({message.role}) has train: {str(message.train).lower()}, which only assistant "
-                f"messages can have with data.train_on: {'all' if everything else 'assistant'}",
-                how="take the flag out",
-                where=where or None,
-            )
-
-
 def _check_unicode(text: str, where: str) -> None:
     """Refuse halves of characters, which JSON can write (`"\\ud83d"`) and no tokenizer takes."""
     try:
@@ -337,10 +348,3 @@ def _check_unicode(text: str, where: str) -> None:
 def _question(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages without an answer at their end."""
     return messages[:-1] if messages and messages[-1].role == "assistant" else messages
-
-
-def _with_labels(input_ids: np.ndarray, labels: np.ndarray) -> Example:
-    """An example; its first token is predicted from nothing and is no target."""
-    labels = labels.copy()
-    labels[:1] = IGNORE
-    return Example(input_ids, labels)

@@ -1,5 +1,6 @@
 """Encodes a run's rows into a file of examples: in parallel, and only what has not been encoded before."""
 
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import pyarrow as pa
 from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.corpus import Corpus, Progress
 from ftkit.data.encode import Encoder, EncodeResult
+from ftkit.data.encode_many import Found, encode_many
 from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
 from ftkit.data.store import (
     EXAMPLE_SCHEMA,
@@ -101,23 +103,23 @@ class _ChunkEncoder:
 
     def encode(self, jobs: np.ndarray) -> _Chunk:
         chunk = _Chunk()
-        for job in jobs:
-            self._encode(job, chunk)
+        for job, result in zip(jobs, encode_many(self._encoder, map(self._document, jobs)), strict=True):
+            self._note(job, result, chunk)
         return chunk
 
-    def _encode(self, job: np.ndarray, chunk: _Chunk) -> None:
-        number, position = int(job["dataset"]), int(job["position"])
-        corpus = self._corpora[number]
-        where = corpus.store.where(position)
+    def _document(self, job: np.ndarray) -> Found:
+        corpus = self._corpora[int(job["dataset"])]
+        where = corpus.store.where(int(job["position"]))
         try:
-            document = document_of(job, corpus.store, corpus.phrasings, corpus.section)
-            result = self._encoder.encode(document, where)
-        except UserError as error:
-            chunk.problems += error.problems
-            result = EncodeResult([])
+            return document_of(job, corpus.store, corpus.phrasings, corpus.section), where
         except RowError as error:
-            chunk.problems.append(Problem(error.what, error.how, where))
+            return UserError(error.what, how=error.how, where=where)
+
+    def _note(self, job: np.ndarray, result: EncodeResult | UserError, chunk: _Chunk) -> None:
+        if isinstance(result, UserError):
+            chunk.problems += result.problems
             result = EncodeResult([])
+        number, position = int(job["dataset"]), int(job["position"])
         for example in result.examples:
             _add(chunk.columns, example, number, int(self._indices[number][position]))
         chunk.counts.append(len(result.examples))
@@ -127,7 +129,7 @@ class _ChunkEncoder:
 
 
 def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> None:
-    ids, labels = example.input_ids.astype("<i4"), example.labels.astype("<i4")
+    ids, labels = example.input_ids.astype("<i4", copy=False), example.labels.astype("<i4", copy=False)
     is_target = np.zeros(len(labels) + 2, bool)
     is_target[1:-1] = labels != IGNORE
     trained = np.flatnonzero(is_target[1:] != is_target[:-1])
@@ -233,6 +235,8 @@ def _start_worker(corpora: Sequence[Corpus], encoder: Encoder) -> None:
     # One process a core: the tokenizer's own threads would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker = _ChunkEncoder(corpora, encoder)
+    # What was imported lives as long as the process: the collector need not go through it again and again.
+    gc.freeze()
 
 
 def _encode_in_worker(jobs: np.ndarray) -> _Chunk:

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ftkit.data.formats import FORMATS, check_columns, check_section, detect_format, source_columns
@@ -53,7 +52,7 @@ class RowParser:
         else:
             sources = self._sources.items()
             fields = {column: row.fields[source] for column, source in sources if source in row.fields}
-            content = FORMATS[self._format].parse(replace(row, fields=fields), self.dataset)
+            content = FORMATS[self._format].parse(Row(row.index, fields, row.where), self.dataset)
         _check_unicode(content)
         return content
 

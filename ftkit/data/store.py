@@ -1,8 +1,10 @@
 """Documents and examples in Arrow files, mapped into memory: any is at hand, and none takes memory of its own."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +69,10 @@ class _Table:
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path,)
@@ -79,8 +81,8 @@ class _Table:
         """The record batch of row `index`, and its place there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self._batches[number], index - (int(self._ends[number - 1]) if number else 0)
+        number = bisect_right(self._ends, index)
+        return self._batches[number], index - (self._ends[number - 1] if number else 0)
 
     def column(self, name: str) -> np.ndarray:
         """A whole column of numbers or of keys, in memory."""
@@ -108,7 +110,7 @@ class RowStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._table = _Table(directory / ROWS)
-        self._last: tuple[pa.RecordBatch | None, list[bytes], list[str]] = (None, [], [])
+        self._last: tuple[pa.RecordBatch | None, list[Any]] = (None, [])
 
     def __len__(self) -> int:
         return len(self._table)
@@ -118,19 +120,21 @@ class RowStore:
 
     def content(self, position: int) -> RowContent:
         """What a row was read as."""
-        batch, place = self._table.locate(position)
-        return content_from_json(self._lists(batch)[0][place])
+        columns, place = self._locate(position)
+        return content_from_json(columns[0][place].as_py())
 
     def where(self, position: int) -> str:
         """`file:line` of a row."""
-        batch, place = self._table.locate(position)
-        return self._lists(batch)[1][place]
+        columns, place = self._locate(position)
+        where: str = columns[1][place].as_py()
+        return where
 
-    def _lists(self, batch: pa.RecordBatch) -> tuple[list[bytes], list[str]]:
-        """A batch's contents and places as lists; rows are mostly asked for in order."""
+    def _locate(self, position: int) -> tuple[list[Any], int]:
+        """The columns `content` and `where` of the row's batch, and its place there; mostly that of the row before."""
+        batch, place = self._table.locate(position)
         if self._last[0] is not batch:
-            self._last = (batch, batch.column("content").to_pylist(), batch.column("where").to_pylist())
-        return self._last[1:]
+            self._last = (batch, [batch.column("content"), batch.column("where")])
+        return self._last[1], place
 
     def column(self, name: str) -> np.ndarray:
         """`index`, `key`, `cluster` or `has_rationale` of all rows."""

@@ -129,8 +129,13 @@ def _as_tuple(name: str, value: Any) -> Any:
 
 def _filled(item: Any, skip: str = "") -> dict[str, Any]:
     """The fields of a dataclass that are not empty, shallow."""
-    values = {f.name: getattr(item, f.name) for f in fields(item) if f.name != skip}
+    values = {name: getattr(item, name) for name in _NAMES[type(item)] if name != skip}
     return {name: value for name, value in values.items() if value is not None and value != () and value != {}}
+
+
+_NAMES: dict[type, list[str]] = {
+    kind: [field.name for field in fields(kind)] for kind in (Message, Conversation, Text, TaskRecord)
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,26 @@
 """`adapter`: bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751, figure 2 and section 2.1).
 
-    h' = h + f(h D^T + d) U^T + u        D [m, width], U [width, m]: 2md + d + m parameters at width d
+    h' = h + scale * (dropout(f(x D^T + d)) U^T + u)     D [m, width], U [width, m]: 2md + d + m parameters at width d
 
-Two a block, each on what a sublayer is about to write to the residual stream: after the attention's output projection
-and after the feed-forward output, in both cases before a post-norm (Gemma) and before the residual sum. GPT-2's dropout
-on these outputs comes after the first adapter (it follows the projection inside the attention module) and before the
-second (it is the last part of `mlp`).
+Two a block, or one (Pfeiffer et al. 2021), each on what a sublayer is about to write to the residual stream, h: after
+the attention's output projection and after the feed-forward output, in both cases before a post-norm (Gemma) and before
+the residual sum. GPT-2's dropout on these outputs comes after the first adapter (it follows the projection inside the
+attention module) and before the second (it is the last part of `mlp`).
 
-An adapter is a child module `adapter` of the module whose output it changes, called by a forward hook. So the base
-keeps its classes and the names of its weights, which a wrapper would change, and any feed-forward class will do, which
-a replacement of linear layers would not; a hook runs alike under checkpointing, DDP, `fully_shard` and `torch.compile`.
+A sequential adapter reads what it changes, x = h. A parallel one (He et al. 2022, https://arxiv.org/abs/2110.04366)
+reads what the sublayer itself does: the input of the attention or feed-forward module, after its pre-norm.
+
+An adapter is a child module `adapter` of the module whose output it changes, called by a forward hook; a parallel one
+is handed its input by a hook before the module that reads it. So the base keeps its classes and the names of its
+weights, which a wrapper would change, and any feed-forward class will do, or none: OPT's blocks own two bare linear
+layers. A hook runs alike under checkpointing, DDP, `fully_shard` and `torch.compile`.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +28,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS, ACT2FN
 
+from ftkit.errors import UserError
 from ftkit.methods.base import Delta, Gather, copy_strictly, freeze, gathered, seeded_generator, train_in_float32
 from ftkit.methods.files import (
     BOTTLENECK,
@@ -31,7 +40,7 @@ from ftkit.methods.files import (
     read_adapter,
     write_adapter,
 )
-from ftkit.models.architecture import block_parts, describe, linear_shape, norm_modules
+from ftkit.models.architecture import BlockParts, Part, block_parts, describe, linear_shape, norm_modules
 from ftkit.recipe.method_schema import AdapterMethod
 
 name = "adapter"
@@ -43,16 +52,9 @@ merge_refusal: str | None = (
 CHILD = "adapter"
 """Name of the child module; files call its weights PATH.adapter.down.weight etc."""
 
-NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
-
 
 class BottleneckAdapter(nn.Module):
-    """h + up(f(down(h))), the identity at first.
+    """h + scale * up(dropout(f(down(x)))), equal to h at first.
 
     `down` starts as torch's linear layers do (Kaiming-uniform, a = sqrt(5)) and `up` at zero, as A and B of a LoRA: the
     tuned model starts exactly as the base, and `up` has a gradient from the first step on, `down` from the second. The
@@ -62,40 +64,76 @@ class BottleneckAdapter(nn.Module):
     `models/precision.py` casts their weights as it does all trained ones.
     """
 
-    def __init__(self, width: int, bottleneck: int, non_linearity: str, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        width: int,
+        bottleneck: int,
+        generator: torch.Generator,
+        *,
+        non_linearity: str = "gelu",
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        place: str = "",
+    ) -> None:
         super().__init__()
         self.down = nn.utils.skip_init(nn.Linear, width, bottleneck)
         self.up = nn.utils.skip_init(nn.Linear, bottleneck, width)
         nn.init.kaiming_uniform_(self.down.weight, a=5**0.5, generator=generator)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
-        self.non_linearity = non_linearity
+        self.non_linearity = non_linearity_named(non_linearity)
+        self.scale, self.dropout = scale, dropout
+        self.place = place
+        """Where it is, in words."""
         self.enabled = True
+        self.input: Tensor | None = None
+        """What a parallel adapter is to read, from where the sublayer begins to where it ends."""
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., width] -> [..., width]"""
         if not self.enabled:
             return h
-        output: Tensor = h + self.up(NON_LINEARITIES[self.non_linearity](self.down(h)))
-        return output
+        x, self.input = h if self.input is None else self.input, None
+        inner = F.dropout(self.non_linearity(self.down(x)), self.dropout, training=self.training)
+        return torch.add(h, self.up(inner), alpha=self.scale)
+
+
+def non_linearity_named(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name in transformers or, where it has none, in torch."""
+    function: Callable[[Tensor], Tensor] = ACT2FN[name] if name in ACT2CLS else getattr(F, name)
+    return function
 
 
 def apply(model: PreTrainedModel, section: AdapterMethod, *, seed: int) -> None:
-    """Freeze the model and give every block its two adapters; with `train_norms` the norms train too."""
+    """Freeze the model and give every block its adapters; with `train_norms` the norms train too."""
     assert not any(True for _ in _adapters(model)), "the model has bottleneck adapters already"
     freeze(model)
-    for block in block_parts(describe(model)):
-        # Both outputs have the width of the residual stream, which the projection tells.
-        width = linear_shape(block.output_projection.module)[1]
-        for part in (block.output_projection, block.feed_forward):
-            path = f"{part.path}.{CHILD}"
-            adapter = BottleneckAdapter(width, section.bottleneck, section.non_linearity, seeded_generator(seed, path))
-            part.module.add_module(CHILD, adapter.to(next(part.module.parameters()).device))
-            part.module.register_forward_hook(_adapt)
+    for place in _places(model, section):
+        path = f"{place.writes.path}.{CHILD}"
+        adapter = BottleneckAdapter(
+            place.width,
+            _bottleneck_at(place.width, section),
+            seeded_generator(seed, path),
+            non_linearity=section.non_linearity,
+            scale=section.scale,
+            dropout=section.dropout,
+            place=place.name,
+        )
+        writer = place.writes.module
+        writer.add_module(CHILD, adapter.to(next(writer.parameters()).device))
+        writer.register_forward_hook(_adapt)
+        if section.insertion == "parallel":
+            place.reads.module.register_forward_pre_hook(partial(_hand_over, adapter), with_kwargs=True)
     if section.train_norms:
         for norm in norm_modules(model).values():
             for parameter in norm.parameters():
                 train_in_float32(parameter)
+
+
+def sized(model: PreTrainedModel, section: AdapterMethod) -> AdapterMethod:
+    """The section with the bottleneck's width in place of a factor that gives it."""
+    width = next(_places(model, section)).width
+    return section.model_copy(update={"bottleneck": _bottleneck_at(width, section), "reduction_factor": None})
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
@@ -145,6 +183,11 @@ def notes(model: PreTrainedModel) -> tuple[str, ...]:
     return ()
 
 
+def places(model: PreTrainedModel) -> tuple[str, ...]:
+    """How many adapters are where."""
+    return tuple(f"{count} x {place}" for place, count in Counter(each.place for each in _adapters(model)).items())
+
+
 def keeps_base(section: AdapterMethod) -> bool:
     """Yes, unless the base's norms train."""
     return not section.train_norms
@@ -164,8 +207,62 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
             adapter.enabled = enabled
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A sublayer that gets an adapter."""
+
+    reads: Part
+    """The module whose input is the sublayer's."""
+    writes: Part
+    """The module whose output is the sublayer's."""
+    width: int
+    name: str
+
+
+def _places(model: PreTrainedModel, section: AdapterMethod) -> Iterator[_Place]:
+    architecture = describe(model)
+    for index, block in enumerate(block_parts(architecture)):
+        # Both outputs have the width of the residual stream, which the projection tells.
+        width = linear_shape(block.output_projection.module)[1]
+        for part in section.placement:
+            reads, writes = _ends(block, part)
+            shown = (writes,) if section.insertion == "sequential" else (reads, writes)
+            names = [end.path.removeprefix(f"{architecture.blocks_path}.{index}.") for end in shown]
+            # What lies inside the module that reads need not be named.
+            where = names[0] if names[-1].startswith(names[0]) else " to ".join(names)
+            relation = "after" if section.insertion == "sequential" else "beside"
+            yield _Place(reads, writes, width, f"{relation} {part.replace('_', '-')} ({where})")
+
+
+def _ends(block: BlockParts, part: str) -> tuple[Part, Part]:
+    """The module that reads the input of a block's part, and the one that writes its output."""
+    if part == "attention":
+        return block.attention, block.output_projection
+    return block.feed_forward_input, block.feed_forward
+
+
+def _bottleneck_at(width: int, section: AdapterMethod) -> int:
+    if section.reduction_factor is None:
+        assert section.bottleneck is not None, "the schema fills it in"
+        return section.bottleneck
+    bottleneck = int(width / section.reduction_factor)
+    if bottleneck < 1:
+        raise UserError(
+            f"the model's width is {width}, which divided by {section.reduction_factor:g} leaves no bottleneck",
+            how=f"set at most {width}",
+            key=("method", "reduction_factor"),
+        )
+    return bottleneck
+
+
+def _hand_over(adapter: BottleneckAdapter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hook before a sublayer: its first argument, which models pass by place or by name, are the hidden states."""
+    if adapter.enabled:
+        adapter.input = next(iter((*args, *kwargs.values())))
+
+
 def _adapt(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook. A mixture of experts may return its routing beside the hidden states."""
+    """Hook after a sublayer. A mixture of experts may return its routing beside the hidden states."""
     adapter = module.get_submodule(CHILD)
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 

@@ -110,6 +110,9 @@ class Method(Protocol):
     def learning_rate_factor(self, name: str, section: Any) -> float:
         """What the learning rate of the trained parameter `name` of the model is multiplied by."""
 
+    def places(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Where modules were inserted, in words; empty where the recipe says it, or nothing was."""
+
     def notes(self, model: PreTrainedModel) -> tuple[str, ...]:
         """What the user should know of what trains, beside the numbers."""
 
@@ -130,7 +133,8 @@ def freeze(model: nn.Module) -> None:
 
 def train_in_float32(parameter: nn.Parameter) -> None:
     """Let a parameter train, as a float32 master of itself; the object stays, and with it tying."""
-    parameter.data = parameter.data.float()
+    # Contiguous: a parameter that only shows its shape gets memory to train in.
+    parameter.data = parameter.data.float().contiguous()
     parameter.requires_grad_(True)
 
 
@@ -208,6 +212,8 @@ class Report:
     """Size on disk of what is saved, file headers aside."""
     precision: tuple[Precision, ...]
     """Trained parts first, then by number of parameters."""
+    places: tuple[str, ...] = ()
+    """Where the method inserted modules, in words."""
 
     @property
     def share(self) -> float:
@@ -219,19 +225,21 @@ def report(model: nn.Module, method: Method | None = None) -> Report:
     """Count a model's parameters; under `fully_shard` the global numbers.
 
     Args:
-        method: tells what is saved, where that is not just what trains.
+        method: tells where it inserted modules, and what is saved, where that is not just what trains.
     """
     counts: Counter[tuple[torch.dtype, bool]] = Counter()
     for parameter in model.parameters():
         counts[parameter.dtype, parameter.requires_grad] += parameter.numel()
+    places: tuple[str, ...] = ()
     saved: Iterable[Tensor] = (parameter for parameter in model.parameters() if parameter.requires_grad)
     if method is not None:
         assert isinstance(model, PreTrainedModel)
-        saved = method.trained_state(model).values()
+        saved, places = method.trained_state(model).values(), method.places(model)
     parts = [Precision(dtype, trained, number) for (dtype, trained), number in counts.items()]
     return Report(
         trainable_parameters=sum(part.parameters for part in parts if part.trained),
         total_parameters=sum(part.parameters for part in parts),
         saved_bytes=sum(tensor.nbytes for tensor in saved),
         precision=tuple(sorted(parts, key=lambda part: (not part.trained, -part.parameters, str(part.dtype)))),
+        places=places,
     )

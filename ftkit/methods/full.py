@@ -78,6 +78,11 @@ def learning_rate_factor(name: str, section: FullMethod) -> float:
     return 1.0
 
 
+def places(model: PreTrainedModel) -> tuple[str, ...]:
+    """Nothing is inserted."""
+    return ()
+
+
 def notes(model: PreTrainedModel) -> tuple[str, ...]:
     """None."""
     return ()

@@ -170,6 +170,11 @@ def learning_rate_factor(name: str, section: LoraMethod) -> float:
     return section.learning_rate_ratio if name.endswith(".lora_B") else 1.0
 
 
+def places(model: PreTrainedModel) -> tuple[str, ...]:
+    """Every layer that `targets` names."""
+    return ()
+
+
 def notes(model: PreTrainedModel) -> tuple[str, ...]:
     """Which modules train because others that they are tied to do."""
     return tuple(f"{' and '.join(names)} are tied in this model: both train, as one" for names in tied_names(model))

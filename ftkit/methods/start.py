@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ftkit.errors import Problem, UserError
+from ftkit.methods import adapter
 from ftkit.methods.base import Method
 from ftkit.methods.files import BOTTLENECK, LORA, bottleneck_section, lora_section, read_adapter, trained_as
 from ftkit.recipe.method_schema import AdapterMethod, LoraMethod
@@ -12,7 +13,7 @@ from ftkit.recipe.method_schema import AdapterMethod, LoraMethod
 KEY = ("method", "init_from")
 _DECISIVE = {
     "lora": ("rank", "alpha", "rank_pattern", "alpha_pattern", "rank_stabilized", "dora", "init"),
-    "adapter": ("bottleneck", "non_linearity", "train_norms"),
+    "adapter": ("bottleneck", "non_linearity", "placement", "insertion", "scale", "train_norms"),
 }
 """Keys that say what saved weights compute. Which modules they belong to is told by their names."""
 
@@ -28,7 +29,8 @@ def continue_from(model: PreTrainedModel, method: Method, section: LoraMethod | 
         _check_sections(section, trained_as(directory) or lora_section(config, directory), directory)
     else:
         config, state = read_adapter(directory, peft_type=BOTTLENECK)
-        _check_sections(section, bottleneck_section(config, directory), directory)
+        trained = bottleneck_section(config, directory)
+        _check_sections(adapter.sized(model, section), adapter.sized(model, trained), directory)
     ours = method.trained_state(model)
     for kind, names in (("lacks", ours.keys() - state.keys()), ("has besides", state.keys() - ours.keys())):
         if names:

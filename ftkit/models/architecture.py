@@ -56,6 +56,8 @@ class BlockParts:
     attention: Part
     output_projection: Part
     """The linear layer that is last in the attention module."""
+    feed_forward_input: Part
+    """The module that reads the feed-forward input: the whole `mlp`, or the first of two bare linear layers."""
     feed_forward: Part
     """The module whose output is the feed-forward output: the whole `mlp`, or the second of two bare linear layers."""
 
@@ -188,24 +190,30 @@ def _block_parts(path: str, block: nn.Module) -> BlockParts:
     ]
     if len(projections) != 1:
         _refuse_block(attention_path, attention_module, "an output projection")
-    name = _feed_forward_name(children)
-    if name is None:
+    names = _feed_forward_names(children)
+    if names is None:
         _refuse_block(path, block, "a feed-forward module")
+    first, last = names
     return BlockParts(
         attention=Part(attention_path, attention_module),
         output_projection=projections[0],
-        feed_forward=Part(f"{path}.{name}", children[name]),
+        feed_forward_input=Part(f"{path}.{first}", children[first]),
+        feed_forward=Part(f"{path}.{last}", children[last]),
     )
 
 
-def _feed_forward_name(children: dict[str, nn.Module]) -> str | None:
-    """Which child of a block, attention and norms set aside, gives the feed-forward output; None if it is not clear."""
+def _feed_forward_names(children: dict[str, nn.Module]) -> tuple[str, str] | None:
+    """Which children of a block, attention and norms set aside, read the feed-forward input and give its output.
+
+    One and the same in most models; None if it is not clear.
+    """
     named = [name for name in children if name in FEED_FORWARD_NAMES]
     if len(named) == 1:
-        return named[0]
+        return named[0], named[0]
     if len(children) == 1 or (children and all(is_linear(child) for child in children.values())):
         # OPT and its kin have no module for it: the block itself owns `fc1` and `fc2`.
-        return list(children)[-1]
+        names = list(children)
+        return names[0], names[-1]
     return None
 
 

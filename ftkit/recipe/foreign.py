@@ -1,17 +1,15 @@
 """What other tools' names mean here, and the keys of later versions of ftkit: one table.
 
-It covers Hugging Face's TrainingArguments, TRL, peft, axolotl and LLaMA-Factory. A name that means the same is an
-`Alias`; it may stand in its section or at the top level, like every key of ours. Anything else is a `Refusal` that says
-what to do instead. The table is plain data; `recipe/names.py` applies it.
+It covers Hugging Face's TrainingArguments, TRL, peft, axolotl, LLaMA-Factory and AdapterHub's bottleneck adapters. A
+name that means the same is an `Alias`; it may stand in its section or at the top level, like every key of ours.
+Anything else is a `Refusal` that says what to do instead. The table is plain data; `recipe/names.py` applies it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-
-def _same(value: Any) -> Any:
-    return value
+from ftkit.recipe.foreign_values import as_share, choices, lower, module_names, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +18,7 @@ class Alias:
 
     key: str
     """The dotted key; for names inside a data set, relative to the data set."""
-    convert: Callable[[Any], Any] = _same
+    convert: Callable[[Any], Any] = same
     """The value in our terms. Values it does not know pass, for validation to refuse."""
 
 
@@ -32,48 +30,9 @@ class Refusal:
     how: str
 
 
-# ------------------------------------------------------------------------------------------------ converting values
-
-
-def _choices(meanings: Mapping[Any, Any]) -> Callable[[Any], Any]:
-    def convert(value: Any) -> Any:
-        # 1 == True: a number must not pass for a switch.
-        known = isinstance(value, str | bool) or value is None
-        return meanings.get(value, value) if known else value
-
-    return convert
-
-
-def _share(value: Any) -> Any:
-    """A ratio of 1 is the whole run, not one step: as a float it is refused."""
-    return float(value) if type(value) is int else value
-
-
-def _whole(value: Any) -> Any:
-    """3.0 -> 3: other tools have fractions of epochs."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _module_names(value: Any) -> Any:
-    """LLaMA-Factory's `all` and `q_proj,v_proj`."""
-    if not isinstance(value, str):
-        return value
-    if value in ("all", "all_linear"):
-        return "all-linear"
-    return [name.strip() for name in value.split(",")] if "," in value and "(" not in value else value
-
-
-def _initialisation(value: Any) -> Any:
-    """peft's `pissa_niter_4`."""
-    return "pissa" if isinstance(value, str) and value.startswith("pissa_niter_") else value
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-_PROMPT_TOO = _choices({True: "all", False: "assistant"})
-_ANSWER_ONLY = _choices({True: "assistant"})
+_PROMPT_TOO = choices({True: "all", False: "assistant"})
+_ANSWER_ONLY = choices({True: "assistant"})
+_INSERTION = choices({True: "parallel", False: "sequential"})
 
 # ------------------------------------------------------------------------------------------------ reasons for refusals
 
@@ -119,6 +78,11 @@ _TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
 _SAVED_MODULES = _later("name the whole module in method.modules_to_save")
+_PLACEMENT = _use("set method.placement: [attention, feed_forward], or one of them")
+_ADAPTER_NORMS = Refusal(
+    "bottleneck adapters come before the residual sum and before a norm that follows it", "remove it"
+)
+_ADAPTER_VARIANT = _later("leave it out; method.insertion, scale and dropout can be chosen")
 _MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
 _SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")
 _CHECKPOINTING = _use("set training.gradient_checkpointing: true or false")
@@ -161,46 +125,52 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "neat_packing": Alias("data.packing"),
     "train_on_inputs": Alias("data.train_on", _PROMPT_TOO),
     "train_on_prompt": Alias("data.train_on", _PROMPT_TOO),
-    "mask_history": Alias("data.train_on", _choices({True: "last_assistant", False: "assistant"})),
+    "mask_history": Alias("data.train_on", choices({True: "last_assistant", False: "assistant"})),
     "assistant_only_loss": Alias("data.train_on", _ANSWER_ONLY),
     "completion_only_loss": Alias("data.train_on", _ANSWER_ONLY),
     "enable_thinking": Alias("data.chat_template_kwargs.enable_thinking"),
     "finetuning_type": Alias("method.type"),
     "adapter_name_or_path": Alias("method.init_from"),
     "lora_model_dir": Alias("method.init_from"),
-    "peft_type": Alias("method.type", _lower),
-    "adapter": Alias("method.type", _choices({None: "full"})),
+    "peft_type": Alias("method.type", lower),
+    "adapter": Alias("method.type", choices({None: "full"})),
     "r": Alias("method.rank"),
     "lora_r": Alias("method.rank"),
     "lora_rank": Alias("method.rank"),
     "lora_alpha": Alias("method.alpha"),
     "lora_dropout": Alias("method.dropout"),
-    "target_modules": Alias("method.targets", _module_names),
-    "lora_target_modules": Alias("method.targets", _module_names),
-    "lora_target": Alias("method.targets", _module_names),
-    "lora_target_linear": Alias("method.targets", _choices({True: "all-linear"})),
+    "target_modules": Alias("method.targets", module_names),
+    "lora_target_modules": Alias("method.targets", module_names),
+    "lora_target": Alias("method.targets", module_names),
+    "lora_target_linear": Alias("method.targets", choices({True: "all-linear"})),
     "exclude_modules": Alias("method.exclude"),
     "use_rslora": Alias("method.rank_stabilized"),
     "peft_use_rslora": Alias("method.rank_stabilized"),
-    "init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
-    "peft_init_lora_weights": Alias("method.init", _choices({True: "kaiming"})),
+    "init_lora_weights": Alias("method.init", choices({True: "kaiming"})),
+    "peft_init_lora_weights": Alias("method.init", choices({True: "kaiming"})),
     "use_dora": Alias("method.dora"),
     "peft_use_dora": Alias("method.dora"),
     "loraplus_lr_ratio": Alias("method.learning_rate_ratio"),
-    "pissa_init": Alias("method.init", _choices({True: "pissa", False: "kaiming"})),
-    "additional_target": Alias("method.modules_to_save", _module_names),
+    "pissa_init": Alias("method.init", choices({True: "pissa", False: "kaiming"})),
+    "additional_target": Alias("method.modules_to_save", module_names),
     "lora_modules_to_save": Alias("method.modules_to_save"),
     "bottleneck_size": Alias("method.bottleneck"),
+    "adapter_size": Alias("method.bottleneck"),
+    "adapter_dropout": Alias("method.dropout"),
+    "method.parallel": Alias("method.insertion", _INSERTION),
+    "is_parallel": Alias("method.insertion", _INSERTION),
+    "use_parallel_adapter": Alias("method.insertion", _INSERTION),
+    "scaling": Alias("method.scale"),
     "num_epochs": Alias("training.num_train_epochs"),
     "epochs": Alias("training.num_train_epochs"),
     "lr": Alias("training.learning_rate"),
     "lr_scheduler": Alias("training.lr_scheduler_type"),
     "cosine_min_lr_ratio": Alias("training.min_lr_ratio"),
-    "warmup_ratio": Alias("training.warmup_steps", _share),
+    "warmup_ratio": Alias("training.warmup_steps", as_share),
     "optimizer": Alias("training.optim"),
     "gradient_clipping": Alias("training.max_grad_norm"),
     "activation_checkpointing": Alias("training.gradient_checkpointing"),
-    "load_best_model_at_end": Alias("training.final", _choices({True: "best", False: "last"})),
+    "load_best_model_at_end": Alias("training.final", choices({True: "best", False: "last"})),
     "effective_batch_size": Alias("training.global_batch_size"),
     "total_batch_size": Alias("training.global_batch_size"),
     # -- the same, inside a data set
@@ -236,7 +206,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     # -- later versions of ftkit
     "master_dtype": _later("leave it out; trained weights are float32"),
     "quantization": _QUANTIZATION,
-    "placement": _later("leave it out; adapters follow attention and feed-forward, as in the paper"),
     "torch_compile": _later("leave it out"),
     "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
     "report_to": _TRACKERS,
@@ -291,6 +260,10 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),
     **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
     **_group(_SAVED_MODULES, "trainable_token_indices unfrozen_parameters"),
+    **_group(_PLACEMENT, "mh_adapter output_adapter"),
+    **_group(_ADAPTER_NORMS, "original_ln_before original_ln_after residual_before_ln adapter_residual_before_ln"),
+    **_group(_ADAPTER_VARIANT, "ln_before ln_after cross_adapter inv_adapter leave_out use_gating phm_layer"),
+    **_group(_ADAPTER_VARIANT, "init_weights stochastic_depth"),
     **_group(_MODEL_LOADING, "model_init_kwargs low_cpu_mem_usage model_type is_llama_derived_model use_cache"),
     **_group(_SUPERVISED, "stage rl pref_beta pref_loss ref_model reward_model task_type use_peft"),
     **_group(_CHECKPOINTING, "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant"),
@@ -304,42 +277,9 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_TRAINER_ONLY, "torch_compile_mode torch_empty_cache_steps prediction_loss_only eval_do_concat_batches"),
     **_group(_TRAINER_ONLY, "eval_use_gather_object include_for_metrics greater_is_better strict plugins"),
     **_group(_TRAINER_ONLY, "truncation_mode router_aux_loss_coef"),
-    "reduction_factor": _use("set method.bottleneck = the model's width ÷ reduction_factor"),
     "early_stopping_threshold": _use("set training.early_stopping_patience alone"),
     "train_on_eos": Refusal("the end of every trained turn is a target", "remove it"),
     "roles_to_train": _use("set data.train_on: assistant, last_assistant or all"),
 }
 """A name -> what it means. A dotted name is looked up first (`*` stands for any number in a list, `train` for data.eval
 too); a bare name counts at the top level and in the sections model, data, method and training."""
-
-CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "model.dtype": _choices({"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}),
-    "model.attn_implementation": _choices({"fa2": "flash_attention_2"}),
-    "data.packing": _choices({True: "auto", False: "off"}),
-    "data.train.*.format": _choices(
-        {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
-    ),
-    "method.type": _choices({"houlsby": "adapter", "bottleneck": "adapter"}),
-    "method.init": _initialisation,
-    "method.targets": _choices({"all_linear": "all-linear"}),
-    "training.num_train_epochs": _whole,
-    "training.optim": _choices(
-        dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw")
-    ),
-    "training.lr_scheduler_type": _choices({"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}),
-}
-"""Our key -> other tools' values in our terms."""
-
-_8BIT = "write adamw; its state takes 8 bytes a trained parameter"
-LATER_VALUES: dict[str, dict[Any, str]] = {
-    "method.type": {
-        "qlora": "write lora, with model.dtype: bfloat16",
-        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "oft", "freeze"), "write lora"),
-        "dora": "write lora, and set method.dora: true",
-    },
-    "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
-    "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),
-    "training.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, and set training.min_lr_ratio"},
-    "training.gradient_checkpointing": {int: "write true to recompute every block"},
-}
-"""Our key -> values (or a type of values) of later versions -> what to write instead."""

@@ -91,8 +91,9 @@ def resolve(loaded: LoadedRecipe) -> Recipe:
     }
     method = recipe.method
     if (start := getattr(method, "init_from", None)) is not None:
-        path = _absolute_input(start, loaded.directory(("method", "init_from")), patterns=False)
-        method = method.model_copy(update={"init_from": path})
+        # Never a hub id: the recipe stays the same when what it began with is gone.
+        path = loaded.directory(("method", "init_from")) / Path(start).expanduser()
+        method = method.model_copy(update={"init_from": os.path.abspath(path)})
     data = {"train": absolute("train", recipe.data.train), "eval": absolute("eval", recipe.data.eval)}
     return recipe.model_copy(
         update={

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from ftkit.recipe.section import ListOf, NonEmpty, Section, Share
 
@@ -67,19 +67,69 @@ class LoraMethod(Section):
         return value
 
 
+NonLinearity = Literal[
+    "gelu", "relu", "silu", "tanh", "swish", "sigmoid", "leaky_relu", "elu", "celu", "selu", "mish", "relu2", "relu6",
+    "hardswish", "hardsigmoid", "hardtanh", "logsigmoid", "softplus", "softsign", "sqrtsoftplus", "laplace",
+    "quick_gelu", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python", "gelu_python_tanh",
+    "gelu_10", "linear",
+]  # fmt: skip
+"""transformers' names, then torch's; none has weights of its own."""
+PARALLEL_SCALE = 4.0
+"""What He et al. 2022 multiply a parallel adapter by."""
+
+
 class AdapterMethod(Section):
-    """Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751): h + up(f(down(h))), two a layer."""
+    """Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751): h + scale * up(f(down(h)))."""
 
     type: Literal["adapter"]
     """The method."""
-    bottleneck: PositiveInt = 64
+    bottleneck: PositiveInt | None = 64
     """Width m of the bottleneck; an adapter has 2md + d + m parameters at model width d."""
-    non_linearity: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
-    """The function f between the projections."""
+    reduction_factor: PositiveFloat | None = None
+    """Given in place of `bottleneck`: the bottleneck's width is that of the model, divided by it and rounded down."""
+    non_linearity: NonLinearity = "gelu"
+    """The function f between the projections, by its name in transformers or torch."""
+    placement: Annotated[ListOf[Literal["attention", "feed_forward"]], Field(min_length=1)] = (
+        "attention",
+        "feed_forward",
+    )
+    """The parts of each layer that get an adapter: both (Houlsby et al.), or the feed-forward alone (Pfeiffer et al.
+    2021, https://arxiv.org/abs/2005.00247)."""
+    insertion: Literal["sequential", "parallel"] = "sequential"
+    """sequential: an adapter reads and changes what its part writes. parallel: it reads what the part reads and adds to
+    what that writes (He et al. 2022, https://arxiv.org/abs/2110.04366)."""
+    scale: PositiveFloat = 1.0
+    """Number that what the adapter adds is multiplied by; for parallel ones 4 where it is left out, as in the paper."""
+    dropout: Share = 0.0
+    """Probability of dropping an element of f's output."""
     train_norms: bool = False
-    """Train the model's normalisation layers too, as the paper does."""
+    """Train the model's normalisation layers too, as the first paper does."""
     init_from: NonEmpty | None = None
     """Run or adapter directory (relative to the recipe) whose trained weights training goes on from, at step 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_dependent_defaults(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        width = {"bottleneck": None} if raw.get("reduction_factor") is not None else {}
+        scale = {"scale": PARALLEL_SCALE} if raw.get("insertion") == "parallel" else {}
+        # A resolved recipe with a reduction factor says `bottleneck: null`; without one null is the default.
+        given = {name: value for name, value in raw.items() if name != "bottleneck" or value is not None}
+        return width | scale | given
+
+    @field_validator("reduction_factor")
+    @classmethod
+    def _one_width(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("bottleneck") is not None:
+            raise ValueError("method.bottleneck says the width already; keep one of them")
+        return value
+
+    @field_validator("placement")
+    @classmethod
+    def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """The order of the parts in a layer, each once: however it was written, it means the same."""
+        return tuple(part for part in ("attention", "feed_forward") if part in value)
 
 
 def _compile(pattern: str) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from ftkit.errors import KeyPath, Problem, dotted
 from ftkit.recipe import shape
-from ftkit.recipe.foreign import CONVERSIONS, FOREIGN, LATER_VALUES, Alias, Refusal
+from ftkit.recipe.foreign import FOREIGN, Alias, Refusal
+from ftkit.recipe.foreign_values import CONVERSIONS, LATER_VALUES
 
 SECTIONS = ("model", "data", "method", "training")
 DATASET_LISTS = (("data", "train"), ("data", "eval"))

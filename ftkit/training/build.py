@@ -57,6 +57,8 @@ class Built:
             f"method     {self.method.name}: trains {human_count(r.trainable_parameters)} of "
             f"{human_count(r.total_parameters)} parameters ({100 * r.share:.2f}%), {human_bytes(r.saved_bytes)} on disk"
         )
+        if r.places:
+            console.line(f"places     {', '.join(r.places)}")
         console.line(f"precision  {self.precision}")
         console.line(f"packing    {self.isolation.reason}")
         world = self.loop.world
@@ -88,7 +90,12 @@ def build(
     compute_dtype, reason = choose_compute_dtype(recipe.model.dtype, world.device)
 
     # 1. How documents share a row, which decides the attention function.
-    isolation = choose_packing(prepared.config, packing=recipe.data.packing, requested=recipe.model.attn_implementation)
+    isolation = choose_packing(
+        prepared.config,
+        packing=recipe.data.packing,
+        requested=recipe.model.attn_implementation,
+        device=world.device,
+    )
 
     # 2. Weights and what trains of them. Every rank draws dropout of its own.
     identity = identify(prepared.base)

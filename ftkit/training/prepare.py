@@ -12,6 +12,7 @@ from ftkit.data.chat import ChatTemplate, chat_template_for
 from ftkit.data.encode import make_encoder
 from ftkit.data.plan import Plan, make_plan
 from ftkit.errors import UserError
+from ftkit.methods.start import KEY as INIT_FROM_KEY
 from ftkit.methods.start import continue_from
 from ftkit.methods.table import METHODS
 from ftkit.models.files import ADAPTER_CONFIG_NAME
@@ -72,8 +73,13 @@ def mixture_table(plan: Plan) -> Table:
     return table
 
 
-def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remote_code: bool) -> Prepared:
+def prepare(
+    loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remote_code: bool, begins: bool = True
+) -> Prepared:
     """Find the base, then read, phrase, encode and deal the data.
+
+    Args:
+        begins: whether a run begins with it; one that has begun needs `method.init_from` no more.
 
     Raises:
         FtkitError: the base cannot be had (before any data is read), the data is bad or empty, the template is refused.
@@ -86,7 +92,7 @@ def prepare(loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remo
         offline=offline,
         trust_remote_code=trust_remote_code,
     )
-    config, init_from = load_config(base), _initial_adapter(loaded)
+    config, init_from = load_config(base), _initial_adapter(loaded, needed=begins)
     tokenizer = recipe_tokenizer(recipe.model, base, config, directory=loaded.directory(("model", "tokenizer")))
     template_directory = loaded.directory(("model", "chat_template"))
     template = chat_template_for(tokenizer, recipe.model, template_directory, recipe.data.chat_template_kwargs)
@@ -106,20 +112,26 @@ def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
     section = prepared.recipe.method
     method = METHODS[section.type]
     method.apply(model, section, seed=prepared.recipe.seed)
-    if section.type != "full" and prepared.init_from is not None:
+    if section.type != "full" and section.init_from is not None:
+        if prepared.init_from is None:
+            raise _no_adapter(section.init_from)
         continue_from(model, method, section, prepared.init_from)
 
 
-def _initial_adapter(loaded: LoadedRecipe) -> Path | None:
+def _initial_adapter(loaded: LoadedRecipe, *, needed: bool) -> Path | None:
     name = loaded.recipe.method.init_from if loaded.recipe.method.type != "full" else None
     if name is None:
         return None
-    key = ("method", "init_from")
-    path = loaded.directory(key) / Path(name).expanduser()
+    path = loaded.directory(INIT_FROM_KEY) / Path(name).expanduser()
     found = next((place for place in (path / ADAPTER, path) if (place / ADAPTER_CONFIG_NAME).is_file()), None)
-    if found is None:
-        raise UserError(f"{name} is neither a run nor an adapter", key=key, how="name a directory with one of them")
+    if found is None and needed:
+        raise _no_adapter(name)
     return found
+
+
+def _no_adapter(name: str) -> UserError:
+    how = "name a directory with one of them"
+    return UserError(f"{name} is neither a run nor an adapter", key=INIT_FROM_KEY, how=how)
 
 
 def _check_metric(recipe: Recipe, plan: Plan) -> None:

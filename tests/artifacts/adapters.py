@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,6 +57,13 @@ def open_base(directory: Path) -> BaseModel:
     return find_base(str(directory), ModelSection(), base=directory)
 
 
+def write_second(pair: Pair, directory: Path, *, targets: str | tuple[str, ...] = ("q_proj",), seed: int = 7) -> Target:
+    """Write another adapter of the same base, as the command line names it."""
+    section = LoraMethod(type="lora", rank=2, alpha=4.0, targets=targets)
+    write_lora(pair.base, section, directory, seed=seed)
+    return Target(str(directory), pair.base, directory, directory, None, pair.base)
+
+
 def write_pair(
     directory: Path,
     architecture: str = "llama",
@@ -75,16 +83,34 @@ def write_pair(
     return Pair(base, directory / "adapter", section)
 
 
-def write_lora(base: BaseModel, section: LoraMethod, directory: Path) -> None:
+def write_lora(base: BaseModel, section: LoraMethod, directory: Path, *, seed: int = 1) -> None:
     """Write an adapter with noise in A and B, the tokenizer and a generation config that ends turns."""
     model = load_weights(base, dtype=torch.float32)
-    lora.apply(model, section, seed=1)
-    generator = torch.Generator().manual_seed(2)
+    lora.apply(model, section, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
     state = {n: t + torch.randn(t.shape, generator=generator) * 0.02 for n, t in lora.trained_state(model).items()}
     lora.save(model, section, directory, BaseIdentity(base.name, None, fingerprint(base)), state=state)
     tiny_tokenizer().save_pretrained(directory)
     config = {"bos_token_id": 256, "eos_token_id": [258], "pad_token_id": 259}
     (directory / "generation_config.json").write_text(json.dumps(config))
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """All weights of a model directory."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def updates(directory: Path, section: LoraMethod, *, transposed: bool = False) -> dict[str, Tensor]:
+    """alpha / rank * B A of each adapted weight, from an adapter's file alone."""
+    state = load_file(directory / "adapter_model.safetensors")
+    scale = section.alpha / section.rank
+    found = {}
+    for name in state:
+        if name.endswith(".lora_A.weight"):
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            update = (state[name.replace("lora_A", "lora_B")] @ state[name]) * scale
+            found[f"{path}.weight"] = update.T if transposed else update
+    return found
 
 
 @torch.no_grad()

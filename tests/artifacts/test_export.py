@@ -8,6 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.artifacts.export import EXPORTERS, find_exporter
 from ftkit.artifacts.merge import merge
 from ftkit.errors import CheckFailedError, UserError
@@ -59,7 +60,7 @@ def test_formats_of_later_and_of_never() -> None:
 
 def test_hf_of_a_lora_is_the_merged_model_with_its_proof(pair: Pair, tmp_path: Path) -> None:
     EXPORTERS["hf"](pair.target, tmp_path / "export")
-    merge(pair.target, tmp_path / "merged")
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert contents(tmp_path / "export") == contents(tmp_path / "merged")
     assert "merge_report.json" in contents(tmp_path / "export")
 
@@ -143,7 +144,7 @@ def test_an_exported_adapter_holds_its_own_files_and_no_others(pair: Pair, tmp_p
     assert contents(tmp_path / "export") == before
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"} <= set(before)
     # It merges as the original does.
-    merge(replace(pair.target, adapter=tmp_path / "export"), tmp_path / "merged")
+    merge([WeightedAdapter(replace(pair.target, adapter=tmp_path / "export"))], tmp_path / "merged")
 
 
 def test_bottleneck_adapters_are_exported_too(pair: Pair, tmp_path: Path) -> None:

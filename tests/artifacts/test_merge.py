@@ -13,34 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftkit.artifacts import merge as merging
 from ftkit.artifacts import weights
-from ftkit.artifacts.merge import merge, parse_adapter, single_adapter
+from ftkit.artifacts.adapters import WeightedAdapter, parse_adapter
+from ftkit.artifacts.merge import merge
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods import adapter as bottleneck
 from ftkit.methods import lora
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.load import load_weights
 from ftkit.recipe.schema import AdapterMethod
-from tests.artifacts.adapters import IDS, Pair, logits, open_base, whole_model, write_pair
+from tests.artifacts.adapters import IDS, logits, open_base, tensors, updates, whole_model, write_pair
 from tests.tiny_models import CONFIGS
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    """All weights of a model directory."""
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def updates(pair: Pair, *, transposed: bool) -> dict[str, Tensor]:
-    """alpha / rank * B A of each adapted weight, from the adapter's file alone."""
-    state = load_file(pair.adapter / "adapter_model.safetensors")
-    scale = pair.section.alpha / pair.section.rank
-    found = {}
-    for name in state:
-        if name.endswith(".lora_A.weight"):
-            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            update = (state[name.replace("lora_A", "lora_B")] @ state[name]) * scale
-            found[f"{path}.weight"] = update.T if transposed else update
-    return found
-
 
 # --- what is written
 
@@ -49,9 +31,9 @@ def updates(pair: Pair, *, transposed: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_every_tensor_is_the_cast_sum_or_untouched(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pair = write_pair(tmp_path, architecture, dtype=dtype)
-    report = merge(pair.target, tmp_path / "merged")
+    report = merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     before, after = tensors(pair.base_directory), tensors(tmp_path / "merged")
-    added = updates(pair, transposed=architecture == "gpt2")
+    added = updates(pair.adapter, pair.section, transposed=architecture == "gpt2")
     assert len(added) == report.tensors_changed == (8 if architecture == "gpt2" else 14)
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -65,7 +47,7 @@ def test_every_tensor_is_the_cast_sum_or_untouched(architecture: str, dtype: tor
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_the_merged_directory_computes_what_peft_computes(architecture: str, tmp_path: Path) -> None:
     pair = write_pair(tmp_path, architecture)
-    report = merge(pair.target, tmp_path / "merged")
+    report = merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.dtype == torch.float32
     merged, adapted = logits(model), logits(pair.adapted())
@@ -83,8 +65,8 @@ def test_the_merged_directory_computes_what_peft_computes(architecture: str, tmp
 def test_shards_keep_their_names_and_index(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, max_shard_size="40KB", dtype=torch.bfloat16)
     one = write_pair(tmp_path / "one", dtype=torch.bfloat16)
-    merge(pair.target, tmp_path / "merged")
-    merge(one.target, tmp_path / "one" / "merged")
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged")
+    merge([WeightedAdapter(one.target)], tmp_path / "one" / "merged")
     files = sorted(path.name for path in pair.base_directory.glob("*.safetensors*"))
     assert len(files) > 2
     assert sorted(path.name for path in (tmp_path / "merged").glob("*.safetensors*")) == files
@@ -99,7 +81,7 @@ def test_shards_keep_their_names_and_index(tmp_path: Path) -> None:
 
 def test_another_precision_on_request(tmp_path: Path) -> None:
     pair = write_pair(tmp_path)
-    report = merge(pair.target, tmp_path / "merged", dtype=torch.bfloat16)
+    report = merge([WeightedAdapter(pair.target)], tmp_path / "merged", dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in tensors(tmp_path / "merged").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     assert report.cast.dtype == "bfloat16"
@@ -112,13 +94,13 @@ def test_files_that_leave_the_models_prefix_out(tmp_path: Path) -> None:
     save_file({n.removeprefix("transformer."): t for n, t in load_file(file).items()}, file, {"format": "pt"})
     (pair.adapter / "ftkit.json").unlink()
     base = open_base(pair.base_directory)
-    merge(replace(pair.target, model=base), tmp_path / "merged")
+    merge([WeightedAdapter(replace(pair.target, model=base))], tmp_path / "merged")
     assert "h.0.attn.c_attn.weight" in tensors(tmp_path / "merged")
 
 
 def test_tied_embeddings_stay_tied_and_untouched(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, "llama")
-    merge(pair.target, tmp_path / "merged")
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert "lm_head.weight" not in tensors(tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -132,7 +114,7 @@ def test_tokenizer_template_and_generation_config_come_from_the_adapter(tmp_path
     tokenizer = AutoTokenizer.from_pretrained(pair.adapter)
     tokenizer.chat_template += "{# tuned #}"
     tokenizer.save_pretrained(pair.adapter)
-    merge(pair.target, tmp_path / "merged")
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert merged.chat_template == tokenizer.chat_template
     config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
@@ -142,7 +124,7 @@ def test_tokenizer_template_and_generation_config_come_from_the_adapter(tmp_path
 
 def test_files_have_the_permissions_that_the_umask_says(tmp_path: Path) -> None:
     pair = write_pair(tmp_path)
-    merge(pair.target, tmp_path / "merged")
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     (tmp_path / "plain").write_text("")
     modes = {path.stat().st_mode for path in [tmp_path / "plain", *(tmp_path / "merged").iterdir()]}
     assert len(modes) == 1
@@ -155,7 +137,7 @@ def test_an_adapter_of_another_tool_brings_neither(tmp_path: Path) -> None:
             path.unlink()
     base_config = pair.base_directory / "generation_config.json"
     base_config.write_text(json.dumps({"eos_token_id": 256, "temperature": 0.6}))
-    merge(pair.target, tmp_path / "merged")
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     # The template's end of turn is added to the base's own end of text.
     config = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert config == {"eos_token_id": [258, 256], "temperature": 0.6}
@@ -173,7 +155,7 @@ def test_generation_stops_at_the_trained_end_of_turn(tmp_path: Path) -> None:
     save_file(state, file, {"format": "pt"})
     (pair.base_directory / "generation_config.json").write_text('{"eos_token_id": 256}')
     (pair.adapter / "ftkit.json").unlink()
-    merge(replace(pair.target, model=open_base(pair.base_directory)), tmp_path / "merged")
+    merge([WeightedAdapter(replace(pair.target, model=open_base(pair.base_directory)))], tmp_path / "merged")
 
     def generated(directory: Path) -> list[int]:
         model = AutoModelForCausalLM.from_pretrained(directory)
@@ -190,9 +172,9 @@ def test_an_output_that_exists_is_kept_or_moved_aside(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "precious").write_text("mine")
     with pytest.raises(UserError, match="merged exists already; choose another --output"):
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["precious"]
-    merge(pair.target, tmp_path / "merged", overwrite=True)
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged", overwrite=True)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert (tmp_path / "merged.old-1" / "precious").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged", "merged.old-1"]
@@ -203,7 +185,7 @@ def test_an_output_that_exists_is_kept_or_moved_aside(tmp_path: Path) -> None:
 
 def test_the_report_is_written_beside_the_model(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, dtype=torch.bfloat16)
-    report = merge(pair.target, tmp_path / "merged", prompts=IDS)
+    report = merge([WeightedAdapter(pair.target)], tmp_path / "merged", prompts=IDS)
     written = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
     assert set(written) == {
         "max_abs_logit_difference",
@@ -231,7 +213,7 @@ def test_the_report_is_written_beside_the_model(tmp_path: Path) -> None:
 
 def test_a_float32_base_loses_nothing_in_the_cast(tmp_path: Path) -> None:
     pair = write_pair(tmp_path)
-    report = merge(pair.target, tmp_path / "merged")
+    report = merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert report.cast.max_abs_logit_difference == report.max_abs_logit_difference
     assert report.cast.base_max_abs_logit_difference == 0.0
 
@@ -270,7 +252,7 @@ def test_a_file_that_is_wrong_in_one_tensor_is_rejected(
 
     monkeypatch.setattr(weights, "save_file", save_altered)
     with pytest.raises(CheckFailedError, match=message) as caught:
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert caught.value.exit_code == 6
     assert "kept as" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged.rejected"]
@@ -285,7 +267,7 @@ def test_rounding_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(merging, "rewrite", rounding_twice)
     with pytest.raises(CheckFailedError, match="is not cast"):
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
 
 
 def test_a_wrong_scale_shows_in_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +280,7 @@ def test_a_wrong_scale_shows_in_the_logits(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(lora, "deltas", scaled)
     with pytest.raises(CheckFailedError, match="logits differ from the adapted model's by"):
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert (tmp_path / "merged.rejected" / "merge_report.json").is_file()
     assert not (tmp_path / "merged").exists()
 
@@ -314,7 +296,7 @@ def test_a_delta_added_to_another_tensor_is_found(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(merging, "names_in_files", swapped)
     with pytest.raises(CheckFailedError, match="is not the merged weight"):
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
 
 
 def test_an_adapted_weight_that_no_file_holds_is_not_skipped(tmp_path: Path) -> None:
@@ -328,7 +310,7 @@ def test_overflow_in_float16_is_found(tmp_path: Path) -> None:
     file = pair.adapter / "adapter_model.safetensors"
     save_file({name: tensor * 1e4 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(CheckFailedError, match=r"is not finite in torch\.float16"):
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
 
 
 def test_a_second_failure_keeps_the_first(tmp_path: Path) -> None:
@@ -337,7 +319,7 @@ def test_a_second_failure_keeps_the_first(tmp_path: Path) -> None:
     save_file({name: tensor * 1e4 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     for _ in range(2):
         with pytest.raises(CheckFailedError):
-            merge(pair.target, tmp_path / "merged")
+            merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert (tmp_path / "merged.rejected").is_dir()
     assert (tmp_path / "merged.rejected.old-1").is_dir()
 
@@ -349,7 +331,7 @@ def test_another_base_is_refused_with_both_identities(tmp_path: Path) -> None:
     pair = write_pair(tmp_path)
     other = write_pair(tmp_path / "other", seed=5)
     with pytest.raises(UserError, match=r"trained on .*base \(sha256:\w+\), and the weights of .*other.* \(sha256:"):
-        merge(replace(pair.target, model=other.base), tmp_path / "merged")
+        merge([WeightedAdapter(replace(pair.target, model=other.base))], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -358,7 +340,7 @@ def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
     (pair.adapter / "ftkit.json").unlink()
     other = write_pair(tmp_path / "other", intermediate_size=48)
     with pytest.raises(UserError, match="load them on the base model they were trained on"):
-        merge(replace(pair.target, model=other.base), tmp_path / "merged")
+        merge([WeightedAdapter(replace(pair.target, model=other.base))], tmp_path / "merged")
 
 
 def test_bottleneck_adapters_cannot_be_merged(tmp_path: Path) -> None:
@@ -368,18 +350,18 @@ def test_bottleneck_adapters_cannot_be_merged(tmp_path: Path) -> None:
     bottleneck.apply(model, section, seed=0)
     bottleneck.save(model, section, tmp_path / "houlsby", BaseIdentity("base"))
     with pytest.raises(UserError, match=r"non-linearity.*use the adapter directory") as caught:
-        merge(replace(pair.target, adapter=tmp_path / "houlsby"), tmp_path / "merged")
+        merge([WeightedAdapter(replace(pair.target, adapter=tmp_path / "houlsby"))], tmp_path / "merged")
     assert caught.value.exit_code == 2
 
 
 def test_models_and_other_adapters_cannot_be_merged(tmp_path: Path) -> None:
     pair = write_pair(tmp_path)
     with pytest.raises(UserError, match="nothing to merge"):
-        merge(whole_model(pair.base), tmp_path / "merged")
+        merge([WeightedAdapter(whole_model(pair.base))], tmp_path / "merged")
     config = json.loads((pair.adapter / "adapter_config.json").read_text())
     (pair.adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "PREFIX_TUNING"}))
     with pytest.raises(UserError, match="of the kind PREFIX_TUNING"):
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
@@ -403,13 +385,6 @@ def test_a_path_with_a_colon_and_a_number_is_a_path(tmp_path: Path) -> None:
     assert parse_adapter(str(tmp_path / "a:1")) == (str(tmp_path / "a:1"), 1.0)
 
 
-def test_several_adapters_and_weights_are_for_later() -> None:
-    assert single_adapter(["runs/a:1"]) == "runs/a"
-    for texts in (["a", "b"], ["a:0.5"], ["a:-1"]):
-        with pytest.raises(UserError, match="not in this version"):
-            single_adapter(texts)
-
-
 def test_nothing_is_left_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = write_pair(tmp_path)
 
@@ -418,5 +393,5 @@ def test_nothing_is_left_after_an_error(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(merging, "check_tensors", fail)
     with pytest.raises(KeyboardInterrupt):
-        merge(pair.target, tmp_path / "merged")
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

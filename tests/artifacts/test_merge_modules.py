@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.artifacts.merge import merge
+from ftkit.errors import UserError
 from ftkit.evaluation.contestants import load_contestants
 from ftkit.methods import lora
 from ftkit.methods.files import BaseIdentity
 from ftkit.methods.saved_modules import saved_parameters
 from ftkit.models.load import fingerprint, load_weights
 from ftkit.recipe.schema import LoraMethod
-from tests.artifacts.adapters import Pair, open_base
+from tests.artifacts.adapters import Pair, open_base, write_second
 from tests.methods.cases import logits, perturb
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -62,7 +64,7 @@ def write_pair(
 )
 def test_a_replaced_tensor_is_the_tuned_one_cast(architecture, modules, replaced, dtype, tmp_path):
     pair = write_pair(tmp_path, architecture, modules, dtype=dtype)
-    report = merge(pair.target, tmp_path / "merged")
+    report = merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     tuned = load_file(pair.adapter / "adapter_model.safetensors")
     before, after = (load_file(tmp_path / place / WEIGHTS) for place in ("base", "merged"))
     assert before.keys() == after.keys()
@@ -77,12 +79,25 @@ def test_a_replaced_tensor_is_the_tuned_one_cast(architecture, modules, replaced
 def test_a_base_that_stores_a_tied_weight_twice_stays_tied(tmp_path):
     """transformers ties what is equal in both places: one of them left as it was would cut the tie."""
     pair = write_pair(tmp_path, "llama", ("embed_tokens",), lm_head__weight="model.embed_tokens.weight")
-    merge(pair.target, tmp_path / "merged")
+    merge([WeightedAdapter(pair.target)], tmp_path / "merged")
     after = load_file(tmp_path / "merged" / WEIGHTS)
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert (logits(model) - logits(pair.adapted())).abs().max() <= 1e-5
+
+
+def test_a_replaced_module_merges_beside_an_adapter_that_leaves_it_alone_and_not_at_a_weight(tmp_path):
+    pair = write_pair(tmp_path, "llama", ("lm_head",))
+    second = write_second(pair, tmp_path / "second", targets=("q_proj",))
+    report = merge([WeightedAdapter(pair.target), WeightedAdapter(second, 0.5)], tmp_path / "merged")
+    assert report.max_abs_logit_difference <= 1e-5 * report.max_abs_logit
+    after, tuned = (load_file(path) for path in (tmp_path / "merged" / WEIGHTS, pair.adapter / f"adapter_{WEIGHTS}"))
+    assert torch.equal(after["model.embed_tokens.weight"], tuned["base_model.model.lm_head.weight"])
+    what = r"trained (model\.embed_tokens|lm_head) in full \(modules_to_save\); merge it at weight 1"
+    for adapters in ([WeightedAdapter(pair.target, 0.5)], [WeightedAdapter(pair.target)] * 2):
+        with pytest.raises(UserError, match=what):
+            merge(adapters, tmp_path / "other")
 
 
 def test_the_base_is_measured_as_it_was(tmp_path):

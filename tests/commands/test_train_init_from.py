@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ftkit.commands.eval import evaluate
 from ftkit.commands.plan import plan
 from ftkit.commands.train import train
 from ftkit.errors import UserError
@@ -39,8 +40,14 @@ def test_a_checkpoint_needs_its_start_no_more_than_the_weights_differ(tmp_path, 
     train(recipe, start)
     run = tmp_path / "runs" / "recipe-2"
     before = result_hash(run)
+    (tmp_path / "runs" / "recipe-1").rename(tmp_path / "elsewhere")
     train(recipe, start, checkpoint=run / "checkpoints" / "step-00000003")
     assert result_hash(run) == before
+    train(recipe, [*start, "training.max_steps=8"], resume=True)
+    assert read_metrics(run)[-1]["step"] == 8
+    evaluate(str(run), limit=1)
+    with pytest.raises(UserError, match="runs/recipe-1 is neither a run nor an adapter"):
+        train(recipe, start)
 
 
 def test_another_base_is_refused(tmp_path, monkeypatch):

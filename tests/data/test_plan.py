@@ -34,7 +34,7 @@ class ByteEncoder:
         self.digest = f"{type(self).__name__} {max_length}"
         self.template = SimpleNamespace(expects_thoughts=False)
 
-    def encode(self, document: Document, where: str = "") -> EncodeResult:
+    def start(self, document: Document, where: str = "") -> EncodeResult:
         assert isinstance(document, Text)
         if document.text.startswith("refuse"):
             raise UserError("the template refuses this", how="mend it", where=where)
@@ -89,6 +89,14 @@ def texts_of(plan: Plan, steps: Sequence[int] | None = None) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------- steps
+
+
+def test_examples_lie_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    """Read and encoded in order, however they are drawn: a row's neighbours are in the same piece of the file."""
+    a, b = write(tmp_path / "a.jsonl", [f"a{i}" for i in range(600)]), write(tmp_path / "b.jsonl", ["b0", "b1"])
+    plan = plan_of(tmp_path, recipe([a, b], num_train_epochs=2))
+    found = [plan.examples[index] for index in range(602)]
+    assert [(example.dataset, example.row) for example in found] == [*((0, i) for i in range(600)), (1, 0), (1, 1)]
 
 
 def test_concat_gives_every_row_once_an_epoch(tmp_path: Path) -> None:

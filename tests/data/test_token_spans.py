@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,6 +137,91 @@ def test_a_token_that_thoughts_share_with_the_answer_is_the_answers(way: str) ->
     prompt, thoughts, answer = "<|im_start|>", "k>\n", "\nHi<|im_end|>"
     assert len(tokenizer("\n\n").input_ids) == 1  # the case is there
     text = prompt + thoughts + answer
-    tokens = getattr(SpanTokenizer(tokenizer), way)(text, [(len(prompt), len(text))], [len(prompt + thoughts)])
+    spans, place = SpanTokenizer(tokenizer), ([(len(prompt), len(text))], [len(prompt + thoughts)])
+    tokens = spans.apart(text, *place) if way == "apart" else spans.together(text, *place, *spans.encode_all([text]))
+    assert tokens is not None
     assert [tokenizer.decode(tokens.ids[slice(*span)]) for span in tokens.spans] == [thoughts + answer]
     assert tokenizer.decode(tokens.ids[tokens.answers[0] :]) == "\n\nHi<|im_end|>"
+
+
+# --- the short way to the tokenizer's Rust half ---
+
+TEXTS = ["<|im_start|>Hi\n\nyou<|im_end|>", "", "a  b\tc 👋", "Hi"]
+
+
+def called(tokenizer: Any, **options: Any) -> list[list[int]]:
+    return [tokenizer(text, add_special_tokens=False, **options).input_ids for text in TEXTS]
+
+
+def ids_of_all(spans: SpanTokenizer) -> list[list[int] | None]:
+    return [None if encoding is None else encoding.ids for encoding in spans.encode_all(TEXTS)]
+
+
+def spans_agree(tokenizer: Any) -> None:
+    spans = SpanTokenizer(tokenizer)
+    expected = called(tokenizer)
+    for _ in range(2):
+        assert [spans.ids(text) for text in TEXTS] == expected
+        assert ids_of_all(spans) == expected
+
+
+def bos_tokenizer() -> PreTrainedTokenizerFast:
+    bos = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 259)])
+    tokenizer = merging_tokenizer(bos)
+    assert tokenizer("Hi").input_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>") == 259  # the case is there
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [merging_tokenizer, sentencepiece_tokenizer, bos_tokenizer])
+def test_ids_are_those_of_a_call(make: Any) -> None:
+    spans_agree(make())
+
+
+def test_a_token_that_shall_be_split() -> None:
+    tokenizer = merging_tokenizer()
+    spans, expected = SpanTokenizer(tokenizer), called(tokenizer)
+    tokenizer.split_special_tokens = True
+    assert called(tokenizer) != expected  # the case is there
+    tokenizer.split_special_tokens = False
+    for other in (partial(called, tokenizer, split_special_tokens=True), lambda: None):
+        other()  # leaves its setting in the Rust half
+        assert [spans.ids(text) for text in TEXTS] == expected
+
+
+def test_settings_that_other_calls_leave_behind_do_not_matter() -> None:
+    tokenizer = merging_tokenizer()
+    tokenizer.pad_token = "<|im_end|>"
+    spans, expected = SpanTokenizer(tokenizer), called(tokenizer)
+    leave: list[dict[str, Any]] = [{"truncation": True, "max_length": 2}, {"padding": "max_length", "max_length": 50}]
+    for options in leave:
+        tokenizer(TEXTS, **options)
+        assert ids_of_all(spans) == expected
+        tokenizer(TEXTS, **options)
+        assert [spans.ids(text) for text in TEXTS] == expected
+
+
+class Doubling(PreTrainedTokenizerFast):
+    """As remote code may do: a tokenizer that acts on a text before its Rust half does."""
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        return super().__call__(text + text, **options)
+
+
+class Appending(PreTrainedTokenizerFast):
+    """As remote code may do: a tokenizer that acts on the ids that its Rust half gives."""
+
+    def _encode_plus(self, text: Any, **options: Any) -> Any:
+        encoding = super()._encode_plus(text, **options)
+        encoding["input_ids"] = [*encoding["input_ids"], 7]
+        return encoding
+
+
+def test_tokenizers_with_a_way_of_their_own_are_called() -> None:
+    rust = merging_tokenizer().backend_tokenizer
+    doubling = Doubling(tokenizer_object=rust)
+    assert SpanTokenizer(doubling).ids("Hi") == SpanTokenizer(doubling).ids("Hi") == called(doubling)[-1]
+    spans_agree(doubling)
+    appending = SpanTokenizer(Appending(tokenizer_object=rust))
+    assert appending.ids("Hi")[-1] == 7
+    # Positions are those of other ids: none are better.
+    assert appending.encode_all(["Hi"]) == [None]

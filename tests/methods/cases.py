@@ -20,6 +20,8 @@ SECTIONS: dict[str, Section] = {
     "lora-modules": LoraMethod(type="lora", rank=4, alpha=7.0, modules_to_save=("lm_head",)),
     "adapter": AdapterMethod(type="adapter", bottleneck=6),
     "adapter-norms": AdapterMethod(type="adapter", bottleneck=6, non_linearity="tanh", train_norms=True),
+    # A sixth of the width, rounded down: 5.
+    "adapter-parallel": AdapterMethod(type="adapter", reduction_factor=6.0, insertion="parallel"),
 }
 CASES = [(architecture, case) for architecture in CONFIGS for case in SECTIONS]
 

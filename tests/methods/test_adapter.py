@@ -1,46 +1,79 @@
 import json
+from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 
 from ftkit.errors import UserError
 from ftkit.methods import adapter
-from ftkit.methods.adapter import NON_LINEARITIES, BottleneckAdapter
+from ftkit.methods.adapter import BottleneckAdapter, non_linearity_named
 from ftkit.methods.base import report
 from ftkit.methods.files import BOTTLENECK, BaseIdentity, read_adapter
 from ftkit.models.architecture import describe
 from ftkit.models.precision import compute_in
-from ftkit.recipe.schema import AdapterMethod
+from ftkit.recipe.method_schema import NonLinearity
 from tests.methods.cases import SECTIONS, applied, inputs, logits, loss, perturb, trained
 from tests.tiny_models import CONFIGS, tiny_model
 
 every_architecture = pytest.mark.parametrize("architecture", CONFIGS)
 
 
-def bottleneck(non_linearity: str = "gelu", *, width: int = 4, size: int = 2) -> BottleneckAdapter:
-    return BottleneckAdapter(width, size, non_linearity, torch.Generator().manual_seed(0))
+def bottleneck(*, width: int = 4, size: int = 2, **keys) -> BottleneckAdapter:
+    return BottleneckAdapter(width, size, torch.Generator().manual_seed(0), **keys)
 
 
 def test_known_answer():
     """h = (1, 2), down = (1, 1) - 5 -> relu(-2) = 0, so only u is added; with + 1 in place of - 5: 4 * (10, 20) + u."""
-    module = bottleneck("relu", width=2, size=1)
+    module = bottleneck(width=2, size=1, non_linearity="relu")
     module.down.weight.data, module.down.bias.data = torch.tensor([[1.0, 1.0]]), torch.tensor([-5.0])
     module.up.weight.data, module.up.bias.data = torch.tensor([[10.0], [20.0]]), torch.tensor([0.5, 0.25])
     assert module(torch.tensor([1.0, 2.0])).tolist() == [1.5, 2.25]
     module.down.bias.data.fill_(1.0)
     assert module(torch.tensor([1.0, 2.0])).tolist() == [41.5, 82.25]
+    module.scale = 2.0
+    assert module(torch.tensor([1.0, 2.0])).tolist() == [82.0, 162.5]
+    # A parallel one reads something else than what it changes: (2, 0) gives 3 * (10, 20) + u.
+    module.input = torch.tensor([2.0, 0.0])
+    assert module(torch.tensor([1.0, 2.0])).tolist() == [62.0, 122.5]
+    assert module.input is None
 
 
-@pytest.mark.parametrize(
-    ("name", "function"), [("gelu", F.gelu), ("relu", F.relu), ("silu", F.silu), ("tanh", torch.tanh)]
-)
-def test_every_non_linearity_of_the_schema(name, function):
-    module, h = bottleneck(name), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("name", get_args(NonLinearity))
+def test_every_non_linearity_of_the_schema(name):
+    module, h = bottleneck(non_linearity=name), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     perturb(module)
-    plain = h + function(h @ module.down.weight.t() + module.down.bias) @ module.up.weight.t() + module.up.bias
-    torch.testing.assert_close(module(h), plain)
-    assert set(NON_LINEARITIES) == set(AdapterMethod.model_fields["non_linearity"].annotation.__args__)
+    inner = non_linearity_named(name)(h @ module.down.weight.t() + module.down.bias)
+    assert inner.shape == (3, 2)
+    torch.testing.assert_close(module(h), h + inner @ module.up.weight.t() + module.up.bias)
+    assert len(list(module.parameters())) == 4
+    assert not list(module.buffers())
+
+
+def test_the_names_are_those_of_transformers_and_torch():
+    x = torch.linspace(-3, 3, 13)
+    plain = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "elu": F.elu, "softplus": F.softplus}
+    for name, function in plain.items():
+        assert torch.equal(non_linearity_named(name)(x), function(x)), name
+    trained = {"prelu", "xielu"}
+    assert set(ACT2FN) - trained <= set(get_args(NonLinearity))
+
+
+def test_dropout_drops_what_the_non_linearity_gives_in_training_alone():
+    module, h = bottleneck(width=2, size=10_000, non_linearity="relu", dropout=0.5), torch.ones(2)
+    module.up.weight.data.fill_(1.0)
+    nn.init.zeros_(module.down.weight)
+    nn.init.ones_(module.down.bias)
+    assert module.eval()(h).tolist() == [10_001.0, 10_001.0]
+    torch.manual_seed(0)
+    dropped = module.train()(h)
+    # The same elements for both outputs; each counts 0 or 2: within 5 standard deviations of 100.
+    assert dropped[0] == dropped[1] != 10_001.0
+    assert abs(dropped[0] - 10_001) < 5 * 100
+    torch.manual_seed(0)
+    assert torch.equal(module(h), dropped)
 
 
 def test_starts_as_the_identity_with_a_gradient():
@@ -126,7 +159,12 @@ def test_files(tmp_path):
         "base_model_name_or_path": "org/base",
         "revision": "abc",
         "bottleneck": 6,
+        "reduction_factor": None,
         "non_linearity": "tanh",
+        "placement": ["attention", "feed_forward"],
+        "insertion": "sequential",
+        "scale": 1.0,
+        "dropout": 0.0,
         "train_norms": True,
     }
     assert set(state) == set(trained(model))
@@ -141,16 +179,37 @@ def test_files(tmp_path):
     assert adapter.load(tiny_model("llama"), tmp_path) == section
 
 
+def test_files_of_the_first_versions(tmp_path):
+    """They say bottleneck, non-linearity and norms, and mean sequential adapters in both places."""
+    model = applied("llama", "adapter-norms")
+    perturb(model)
+    adapter.save(model, SECTIONS["adapter-norms"], tmp_path, BaseIdentity("org/base"))
+    path = tmp_path / "adapter_config.json"
+    old = {
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "bottleneck",
+        "non_linearity",
+        "train_norms",
+    }
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name in old}))
+    loaded = tiny_model("llama")
+    assert adapter.load(loaded, tmp_path) == SECTIONS["adapter-norms"]
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_bad_configuration_is_named(tmp_path):
     adapter.save(applied("llama", "adapter"), SECTIONS["adapter"], tmp_path, BaseIdentity("org/base"))
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "non_linearity": "swish", "extra": 1}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "non_linearity": "swoosh", "extra": 1}))
     with pytest.raises(UserError) as caught:
         adapter.load(tiny_model("llama"), tmp_path)
     assert sorted(problem.what.partition(":")[0] for problem in caught.value.problems) == ["extra", "non_linearity"]
 
 
-@pytest.mark.parametrize("case", ["adapter", "adapter-norms"])
+@pytest.mark.parametrize("case", ["adapter", "adapter-norms", "adapter-parallel"])
 @every_architecture
 def test_on_a_bfloat16_base(architecture, case):
     """Trained weights stay float32, activations are bfloat16; logits within 5% of the float32 model's maximum."""
@@ -172,6 +231,15 @@ def test_on_a_bfloat16_base(architecture, case):
         assert parameter.grad.count_nonzero() > 0, name
     assert describe(model).blocks_path == describe(exact).blocks_path
     assert set(adapter.trained_state(model)) == set(adapter.trained_state(exact))
+
+
+def test_a_factor_above_the_width_is_refused():
+    section = SECTIONS["adapter-parallel"].model_copy(update={"reduction_factor": 33.0})
+    with pytest.raises(
+        UserError, match="width is 32, which divided by 33 leaves no bottleneck; set at most 32"
+    ) as caught:
+        adapter.apply(tiny_model("llama"), section, seed=0)
+    assert caught.value.problems[0].key == ("method", "reduction_factor")
 
 
 def test_merging_is_refused_with_the_way_out():

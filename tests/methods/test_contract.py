@@ -72,6 +72,7 @@ def test_only_what_is_meant_trains_and_gets_a_gradient(architecture, case):
     }
     expected["lora-modules"] = expected["lora"] | {tied_head(model)}
     expected["adapter-norms"] = expected["adapter"] | norms
+    expected["adapter-parallel"] = expected["adapter"]
     assert set(trained(model)) == expected[case]
     assert all(parameter.dtype == torch.float32 for parameter in trained(model).values())
 
@@ -267,8 +268,9 @@ def test_report_counts(architecture, case):
     norms = sum(p.numel() for norm in norm_modules(tiny_model(architecture)).values() for p in norm.parameters())
     shapes = [linear_shape(layer) for layer in linear_modules(tiny_model(architecture)).values()]
     # Two adapters a block of 2md + d + m parameters.
-    adapters = 2 * LAYERS * (2 * BOTTLENECK * WIDTH + WIDTH + BOTTLENECK)
-    inserted = {"full": 0, "lora": sum(4 * (i + o) for i, o in shapes), "adapter": adapters, "adapter-norms": adapters}
+    adapters, narrow = (2 * LAYERS * (2 * m * WIDTH + WIDTH + m) for m in (BOTTLENECK, WIDTH // 6))
+    inserted = {"full": 0, "lora": sum(4 * (i + o) for i, o in shapes)}
+    inserted |= {"adapter": adapters, "adapter-norms": adapters, "adapter-parallel": narrow}
     # A length for every row.
     inserted["lora-dora"] = inserted["lora"] + sum(o for _, o in shapes)
     # What PiSSA starts from is kept beside what trains, and saved.

@@ -55,6 +55,21 @@ def test_gradients_and_state_equal_the_unsharded_ones(architecture, case):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
+# OPT reshapes what its blocks return; nothing changes it in place.
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+def test_a_parallel_adapter_whose_ends_are_two_modules():
+    """OPT's fc1 hands its input to the adapter on fc2."""
+    opt = {"model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}
+    plain, sharded = (applied("llama", "adapter-parallel", **opt) for _ in range(2))
+    for model in (plain, sharded):
+        perturb(model)
+    shard(sharded)
+    for model in (plain, sharded):
+        loss(model).backward()
+    for name, parameter in trained(sharded).items():
+        assert torch.equal(whole(parameter.grad), trained(plain)[name].grad), name
+
+
 @every_section
 def test_weights_gathered_in_bfloat16(case):
     """Masters stay float32 and get float32 gradients, within 5% of the norm of the float32 model's."""

@@ -61,6 +61,9 @@ def test_what_does_not_change_the_weights_meaning_may_differ(tmp_path):
         ("adapter", {"bottleneck": 8}),
         ("adapter", {"non_linearity": "relu"}),
         ("adapter", {"train_norms": True}),
+        ("adapter", {"placement": ("feed_forward",)}),
+        ("adapter", {"insertion": "parallel"}),
+        ("adapter-parallel", {"scale": 1.0}),
     ],
 )
 def test_what_changes_it_is_refused_by_key(case, changes, tmp_path):
@@ -71,6 +74,15 @@ def test_what_changes_it_is_refused_by_key(case, changes, tmp_path):
     (problem,) = caught.value.problems
     assert problem.key == ("method", key)
     assert problem.what == f"{ours}, and {tmp_path} was trained with {getattr(SECTIONS[case], key)}"
+
+
+def test_a_bottleneck_is_the_same_by_number_and_by_factor(tmp_path):
+    trained = written("adapter-parallel", tmp_path)
+    model = start("adapter-parallel", tmp_path, bottleneck=5, reduction_factor=None, dropout=0.5)
+    assert torch.equal(logits(model), logits(trained))
+    with pytest.raises(UserError, match=r"4, and .* was trained with 5") as caught:
+        start("adapter-parallel", tmp_path, reduction_factor=8.0)
+    assert [problem.key for problem in caught.value.problems] == [("method", "bottleneck")]
 
 
 @pytest.mark.parametrize(

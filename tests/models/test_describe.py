@@ -54,6 +54,7 @@ def test_parts_of_a_block(architecture):
     assert first.attention.path == f"{BLOCKS_PATH[architecture]}.0.{'attn' if gpt2 else 'self_attn'}"
     assert first.output_projection.path == f"{first.attention.path}.{'c_proj' if gpt2 else 'o_proj'}"
     assert second.feed_forward.path == f"{BLOCKS_PATH[architecture]}.1.mlp"
+    assert second.feed_forward_input == second.feed_forward
     for part in (first.attention, first.output_projection, second.feed_forward):
         assert model.get_submodule(part.path) is part.module
 
@@ -98,7 +99,9 @@ def test_blocks_that_own_the_feed_forward_layers():
     assert parts.blocks_path == "model.decoder.layers"
     assert parts.backbone is model.model
     assert parts.decoder is model.model.decoder
-    assert block_parts(parts)[0].feed_forward.path == "model.decoder.layers.0.fc2"
+    block = block_parts(parts)[0]
+    assert block.feed_forward_input.path == "model.decoder.layers.0.fc1"
+    assert block.feed_forward.path == "model.decoder.layers.0.fc2"
 
 
 def test_output_projection_that_is_declared_first():

@@ -32,6 +32,7 @@ SECTIONS = {
     "full": None,
     "lora": LoraMethod(type="lora", rank=4),
     "adapter": AdapterMethod(type="adapter", bottleneck=4, train_norms=True),
+    "adapter, parallel": AdapterMethod(type="adapter", bottleneck=4, insertion="parallel"),
 }
 
 
@@ -41,7 +42,7 @@ def build(case: dict[str, Any]) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(case["dtype"])
     if (section := SECTIONS[case["method"]]) is not None:
-        METHODS[case["method"]].apply(model, section, seed=0)
+        METHODS[section.type].apply(model, section, seed=0)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -139,6 +140,7 @@ CASES = {
     "lora": {"architecture": "qwen3", "method": "lora"},
     "lora, checkpointed, a rank without targets": {"method": "lora", "checkpointing": True, "dealt": NO_TARGETS},
     "adapter": {"architecture": "mistral", "method": "adapter"},
+    "adapter, parallel, checkpointed": {"method": "adapter, parallel", "checkpointing": True},
     "full, clipped": {"max_norm": 0.1},
     "lora, clipped": {"method": "lora", "max_norm": 0.1},
 }

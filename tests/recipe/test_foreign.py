@@ -8,7 +8,8 @@ import pytest
 from transformers import TrainingArguments
 
 from ftkit.recipe import shape
-from ftkit.recipe.foreign import CONVERSIONS, FOREIGN, LATER_VALUES, Alias, Refusal
+from ftkit.recipe.foreign import FOREIGN, Alias, Refusal
+from ftkit.recipe.foreign_values import CONVERSIONS, LATER_VALUES
 from ftkit.recipe.names import FLAT, canonical
 from tests.recipe.recipes import BASE, load, problems
 
@@ -73,7 +74,17 @@ MEANINGS = {
     "dtype: bf16": ("model.dtype", "bfloat16"),
     "model: {model_name_or_path: org/x}": ("base_model", "org/x"),
     "method: {type: lora, r: 4, lora_alpha: 9}": ("method.rank", 4),
-    "method: {type: houlsby}": ("method.type", "adapter"),
+    "method: {type: houlsby}": ("method.placement", ("attention", "feed_forward")),
+    "method: {type: pfeiffer}": ("method.placement", ("feed_forward",)),
+    "method: {type: seq_bn, placement: [attention]}": ("method.placement", ("attention",)),
+    "method: {type: par_bn}": ("method.insertion", "parallel"),
+    "method: {type: adapter, is_parallel: true}": ("method.scale", 4.0),
+    "method: {type: adapter, parallel: false}": ("method.insertion", "sequential"),
+    "method: {type: adapter, parallel: true, scaling: 2}": ("method.scale", 2.0),
+    "method: {type: adapter, adapter_size: 8}": ("method.bottleneck", 8),
+    "method: {type: adapter, reduction_factor: 16}": ("method.reduction_factor", 16.0),
+    "method: {type: adapter, non_linearity: LeakyReLU}": ("method.non_linearity", "leaky_relu"),
+    "method: {type: adapter, adapter_dropout: 0.1}": ("method.dropout", 0.1),
     "training: {lr: 1}": ("training.learning_rate", 1.0),
     "data: {train: [{file_name: a.json, formatting: sharegpt}]}": ("data.train.0.format", "sharegpt"),
     "data: {train: [{path: a, type: chat_template, field_messages: turns}]}": (
@@ -202,6 +213,18 @@ def test_values_of_later_versions(tmp_path: Path) -> None:
             (found,) = problems(tmp_path, BASE, f"{key}={value if isinstance(value, str) else 4}")
             assert "not in this version" in found
             assert instead in found
+
+
+def test_keys_of_adapterhub_that_ftkit_chooses_itself(tmp_path: Path) -> None:
+    text = BASE.replace("type: lora", "type: adapter") + "  mh_adapter: true\n  ln_before: false\n"
+    assert problems(tmp_path, text + "  original_ln_before: true\n") == [
+        "recipe.yaml:7: method.mh_adapter: another tool's key; set method.placement: [attention, feed_forward], or one"
+        " of them",
+        "recipe.yaml:8: method.ln_before: not in this version; leave it out; method.insertion, scale and dropout can be"
+        " chosen",
+        "recipe.yaml:9: method.original_ln_before: bottleneck adapters come before the residual sum and before a norm"
+        " that follows it; remove it",
+    ]
 
 
 def test_a_flat_configuration_of_another_tool(tmp_path: Path) -> None:

@@ -114,8 +114,6 @@ METHODS = {
     "type: lora, targets: [1]": "targets: expected text or a list of names (at least one), got a list",
     "type: lora, targets: '(q'": "targets: (q is not a regular expression: missing ), unterminated subpattern at"
     " position 0",
-    "type: adapter, non_linearity: gelu_new": "non_linearity: expected one of gelu, relu, silu, tanh, got the text"
-    " 'gelu_new'; did you mean gelu?",
 }
 
 DATASETS = {

@@ -1,0 +1,175 @@
+"""What adapters add to a base: folded into a weight, or at run time, layer by layer; two routes to the same model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ftkit.artifacts.adapters import WeightedAdapter
+from ftkit.errors import UserError
+from ftkit.methods import lora
+from ftkit.methods.base import ComputeDelta, Replacement
+from ftkit.methods.files import LORA, read_adapter
+from ftkit.models.load import BaseModel, load_config
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter's own weights, apart from any base."""
+
+    name: str
+    """As the user wrote it."""
+    weight: float
+    layers: Mapping[str, nn.Module]
+    """Path -> layer that computes base and adapter once it is lent the base's weight (`lend`)."""
+    deltas: Mapping[str, ComputeDelta]
+    """Name of a weight in the running model -> what merging at weight 1 adds to it."""
+
+    @property
+    def replacements(self) -> dict[str, Replacement]:
+        """Those of the deltas whose weight trained in full."""
+        return {name: delta for name, delta in self.deltas.items() if isinstance(delta, Replacement)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter adds to one weight."""
+
+    adapter: str
+    weight: float
+    delta: ComputeDelta
+
+
+@dataclass(frozen=True)
+class Update:
+    """What all adapters add to one weight; a `ComputeDelta`."""
+
+    parts: tuple[Part, ...]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The sum of the parts, in their order, each computed from the base's float32 weight."""
+        first, *others = self.parts
+        total = first.delta(weight) * first.weight
+        for part in others:
+            total.add_(part.delta(weight) * part.weight)
+        return total
+
+
+def load_adapter(adapter: WeightedAdapter, base: BaseModel) -> LoadedAdapter:
+    """Read an adapter of a base whose weights are not read.
+
+    Raises:
+        UserError: its files are damaged, or do not fit the base.
+    """
+    skeleton = build_skeleton(base)
+    section = lora.load(skeleton, adapter.directory)
+    _, state = read_adapter(adapter.directory, peft_type=LORA)
+    deltas = dict(lora.deltas(skeleton, state, section))
+    paths = [path_of(name) for name, delta in deltas.items() if not isinstance(delta, Replacement)]
+    layers = {path: skeleton.get_submodule(path).eval() for path in paths}
+    return LoadedAdapter(adapter.target.label, adapter.weight, layers, deltas)
+
+
+def sum_updates(adapters: Sequence[LoadedAdapter]) -> dict[str, ComputeDelta]:
+    """Name of a weight in the running model -> what all adapters add to it.
+
+    Raises:
+        UserError: a weight that trained in full would be scaled, or changed by another adapter too.
+    """
+    parts: dict[str, list[Part]] = {}
+    for adapter in adapters:
+        for name, delta in adapter.deltas.items():
+            parts.setdefault(name, []).append(Part(adapter.name, adapter.weight, delta))
+    return {name: _update(name, of_weight) for name, of_weight in parts.items()}
+
+
+def _update(name: str, parts: Sequence[Part]) -> ComputeDelta:
+    replacing = next((part for part in parts if isinstance(part.delta, Replacement)), None)
+    if replacing is None:
+        return Update(tuple(parts))
+    if len(parts) > 1 or replacing.weight != 1.0:
+        # The tuned weight takes the place of the base's: there is nothing that could be added up.
+        what = f"{replacing.adapter} trained {path_of(name)} in full (modules_to_save)"
+        raise UserError(what, how="merge it at weight 1, and with adapters that leave this module alone")
+    return replacing.delta
+
+
+def build_skeleton(base: BaseModel) -> PreTrainedModel:
+    """The model with names, shapes and layers, but without numbers: each parameter shows one zero and takes no memory.
+
+    It is on the CPU, not on the meta device, so that what an adapter puts into it is real.
+    """
+    config = load_config(base)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=base.trust_remote_code)
+    empty: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay one
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            nothing = torch.zeros(()).expand(parameter.shape)
+            setattr(module, name, empty.setdefault(parameter, nn.Parameter(nothing, requires_grad=False)))
+    return model
+
+
+@contextmanager
+def applied(model: PreTrainedModel, adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
+    """Inside, every adapted layer adds what each adapter's own layer makes of the same input: nothing is folded."""
+    by_path: dict[str, list[tuple[float, nn.Module]]] = {}
+    for adapter in adapters:
+        for path, layer in adapter.layers.items():
+            by_path.setdefault(path, []).append((adapter.weight, layer))
+    with ExitStack() as stack:
+        for adapter in adapters:
+            for name, replacement in adapter.replacements.items():
+                stack.enter_context(_replaced(model, name, replacement.tuned))
+        for path, weighted in by_path.items():
+            module = model.get_submodule(path)
+            for _, layer in weighted:
+                stack.enter_context(lend(layer, module.get_parameter("weight"), getattr(module, "bias", None)))
+            handle = module.register_forward_hook(_adding(weighted))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def lend(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> Iterator[None]:
+    """Inside, `layer` computes with these in place of its own."""
+    own = layer.get_parameter("weight"), getattr(layer, "bias", None)
+    _set_weights(layer, weight, bias)
+    try:
+        yield
+    finally:
+        _set_weights(layer, *own)
+
+
+@contextmanager
+def _replaced(model: nn.Module, name: str, tuned: Tensor) -> Iterator[None]:
+    """Inside, the model computes with `tuned` in place of its parameter `name`."""
+    path, _, own_name = name.rpartition(".")
+    module, own = model.get_submodule(path), model.get_parameter(name)
+    module.register_parameter(own_name, nn.Parameter(tuned.to(own), requires_grad=False))
+    try:
+        yield
+    finally:
+        module.register_parameter(own_name, own)
+
+
+def path_of(weight_name: str) -> str:
+    """Path of the layer that a weight belongs to."""
+    return weight_name.rpartition(".")[0]
+
+
+def _set_weights(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    layer.register_parameter("weight", weight)
+    layer.register_parameter("bias", bias)
+
+
+def _adding(weighted: Sequence[tuple[float, nn.Module]]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        # `output` is the base's part of what each layer computes.
+        return output + sum(weight * (layer(*inputs) - output) for weight, layer in weighted)
+
+    return hook
