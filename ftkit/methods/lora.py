@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class LowRankDelta:
     magnitude_O: Tensor | None
     """Trained lengths of the weight's rows (DoRA); else None."""
     scale: float
-    transposed: bool
+    transposed: bool = False
     """Whether the weight is [I, O]."""
 
     def __call__(self, weight: Tensor) -> Tensor:
@@ -152,17 +152,27 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
 
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[Delta]:
     """What every weight gains: those that are adapted, in the order of `state`, then those that trained in full."""
-    for path in adapted_paths(state):
+    for path, delta in low_rank_deltas(state, section):
         module = model.get_submodule(path)
         assert is_linear(module), path
-        a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
-        assert a_RI is not None, path
-        assert b_OR is not None, path
-        yield f"{path}.weight", LowRankDelta(a_RI, b_OR, magnitude_O, _scale(section, path), isinstance(module, Conv1D))
+        yield f"{path}.weight", replace(delta, transposed=isinstance(module, Conv1D))
     replacements: dict[int, Replacement] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (tuned := state.get(f"{PREFIX}{name}")) is not None:
             yield name, replacements.setdefault(id(parameter), Replacement(tuned))
+
+
+def low_rank_deltas(state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[tuple[str, LowRankDelta]]:
+    """Path of every adapted layer and what its weight [O, I] gains: what an adapter's files say without a model.
+
+    Raises:
+        UserError: a layer's A and B are not a pair.
+    """
+    for path in adapted_paths(state):
+        a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
+        if a_RI is None or b_OR is None or a_RI.shape[0] != b_OR.shape[1]:
+            raise UserError(f"the saved A and B of {path} do not belong together", how="restore the adapter's files")
+        yield path, LowRankDelta(a_RI, b_OR, magnitude_O, _scale(section, path))
 
 
 def learning_rate_factor(name: str, section: LoraMethod) -> float:
