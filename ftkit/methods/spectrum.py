@@ -2,13 +2,22 @@
 
 The measures are those of section 7 of the LoRA paper (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
+A product B A is decomposed through its factors. Any other matrix M through its Gram matrix, M^T M or M M^T, whichever
+is smaller, in float64: its eigenvalues are the squared singular values, which is what shares of |M|^2 are made of. At
+width 2048 that took a tenth of the time of torch.linalg.svdvals in float32, and was more exact; M itself is never held
+in float64. Singular values below 1e-6 of the largest cannot be told from rounding this way, and count as 0.
+
 Shape suffixes: I input width, O output width, R rank of the factors, K number of singular values, D any width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ROWS = 2048
+"""Rows of a matrix that are cast to float64 at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,29 +33,33 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """exp(-sum of p_i log p_i) with p_i = s_i^2 / sum of s_j^2; n for n equal singular values, 0 for a zero matrix.
+        """exp(-sum of p_i log p_i) with p_i = s_i / sum of s_j; n for n equal singular values, 0 for a zero matrix.
 
-        Roy & Vetterli 2007 (EUSIPCO, "The effective rank"), of the squared values where they take p_i = s_i / sum of
-        s_j: so it speaks of the same shares of |dW|^2 as `rank_holding`.
+        Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality" (EUSIPCO).
         """
-        shares_K = self._shares()
-        return float(torch.special.entr(shares_K).sum().exp()) if len(shares_K) else 0.0
+        total = self.values_K.sum()
+        return float(torch.special.entr(self.values_K / total).sum().exp()) if total > 0 else 0.0
+
+    def share_held(self, rank: int) -> float:
+        """Share of the squared Frobenius norm in the `rank` largest singular values; 0 for a zero matrix."""
+        held_K = self._shares_held()
+        return float(held_K[min(rank, len(held_K)) - 1]) if len(held_K) else 0.0
 
     def rank_holding(self, share: float) -> int:
-        """The smallest k whose k largest singular values hold `share` (below 1) of the squared norm."""
-        held_K = self._shares().cumsum(0)
+        """The smallest k whose k largest singular values hold `share` (below 1) of the squared Frobenius norm."""
+        held_K = self._shares_held()
         return int((held_K < share).sum()) + 1 if len(held_K) else 0
 
-    def _shares(self) -> Tensor:
-        """Share of the squared norm that each value holds; empty for a zero matrix."""
-        energy_K = self.values_K.double().square()
+    def _shares_held(self) -> Tensor:
+        """Share of the squared norm in the first 1, 2, ... K values; empty for a zero matrix."""
+        energy_K = self.values_K.square()
         total = energy_K.sum()
-        return energy_K / total if total > 0 else energy_K[:0]
+        return (energy_K / total).cumsum(0) if total > 0 else energy_K[:0]
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """U diag(s) V^T of a matrix [O, I], of the singular values that are not zero."""
+    """Singular values of a matrix [O, I] that are not zero, with the vectors u_k and v_k of each."""
 
     u_OK: Tensor
     values_K: Tensor
@@ -56,6 +69,10 @@ class Decomposition:
     def spectrum(self) -> Spectrum:
         """The singular values alone."""
         return Spectrum(self.values_K)
+
+    def leading(self, count: int) -> "Decomposition":
+        """The largest `count` of them."""
+        return Decomposition(self.u_OK[:, :count], self.values_K[:count], self.v_IK[:, :count])
 
 
 def decompose_product(a_RI: Tensor, b_OR: Tensor, scale: float) -> Decomposition:
@@ -67,29 +84,50 @@ def decompose_product(a_RI: Tensor, b_OR: Tensor, scale: float) -> Decomposition
     q_b_OK, r_b = torch.linalg.qr(b_OR.double())
     q_a_IK, r_a = torch.linalg.qr(a_RI.double().t())
     u, values_K, v_transposed = torch.linalg.svd(scale * (r_b @ r_a.t()), full_matrices=False)
-    return _without_zeros(Decomposition(q_b_OK @ u, values_K, q_a_IK @ v_transposed.t()))
+    # Factors may cancel, as those of a PiSSA do at its start: what is left then is rounding of their size, not its own.
+    size = abs(scale) * float(torch.linalg.matrix_norm(r_b) * torch.linalg.matrix_norm(r_a))
+    count = _above_rounding(values_K, size, len(values_K))
+    return Decomposition(q_b_OK @ u, values_K, q_a_IK @ v_transposed.t()).leading(count)
 
 
-def decompose(matrix: Tensor, rank: int) -> Decomposition:
-    """The first `rank` components of the singular value decomposition of a matrix that is no low-rank product."""
-    u, values_K, v_transposed = torch.linalg.svd(matrix, full_matrices=False)
-    return _without_zeros(Decomposition(u[:, :rank], values_K[:rank], v_transposed[:rank].t()))
+def decompose(matrix_OI: Tensor) -> Decomposition:
+    """The singular value decomposition of a matrix that is no low-rank product, through its Gram matrix."""
+    wide = matrix_OI.shape[0] < matrix_OI.shape[1]
+    tall = matrix_OI.t() if wide else matrix_OI
+    squares, vectors = torch.linalg.eigh(_gram(_chunks(tall)))
+    values_K = _roots(squares)
+    count = int((values_K > 0).sum())
+    short_DK = vectors.flip(1)[:, :count]
+    long_DK = torch.cat([chunk @ short_DK for chunk in _chunks(tall)]) / values_K[:count]
+    return Decomposition(*((short_DK, values_K[:count], long_DK) if wide else (long_DK, values_K[:count], short_DK)))
 
 
-def spectrum_of(matrix: Tensor) -> Spectrum:
-    """All singular values of a matrix of any rank, on the CPU."""
-    return Spectrum(torch.linalg.svdvals(matrix).cpu())
+def spectrum_of_difference(one: Tensor, other: Tensor) -> Spectrum:
+    """The singular values of `one - other`, matrices of any precision, without holding the difference."""
+    if one.shape[0] < one.shape[1]:
+        one, other = one.t(), other.t()
+    pairs = zip(_chunks(one), _chunks(other), strict=True)
+    return Spectrum(_roots(torch.linalg.eigvalsh(_gram(here - there for here, there in pairs))))
 
 
-def amplification(update: Decomposition, weight_OI: Tensor) -> float | None:
+def amplification(update: Decomposition, norm: float, weight_OI: Tensor) -> float | None:
     """|dW| / |U^T W V|, Frobenius norms; U [O, r] and V [I, r] are the first r singular vectors of dW.
 
     How much stronger the update is than the weight was in the directions that it changes: section 7.3 and table 7 of
-    the paper, where r is the rank of the adapter. None where dW is zero, or W has nothing in these directions.
+    the paper, where r is the rank of the adapter.
+
+    Args:
+        update: its first r components.
+        norm: |dW|, which may have more components than these.
+
+    Returns:
+        None where dW is zero, or W has nothing in these directions.
     """
-    there = (update.u_OK.t().to(weight_OI) @ weight_OI) @ update.v_IK.to(weight_OI)
-    norm = float(torch.linalg.matrix_norm(there)) if there.numel() else 0.0
-    return update.spectrum.norm / norm if norm > 0 else None
+    projected = torch.zeros(len(update.values_K), len(update.values_K), dtype=torch.float64)
+    for weight, u in zip(_chunks(weight_OI), update.u_OK.split(ROWS), strict=True):
+        projected += (u.t() @ weight) @ update.v_IK
+    there = float(torch.linalg.vector_norm(projected))
+    return norm / there if there > 0 else None
 
 
 def directions(matrix_DR: Tensor) -> Tensor:
@@ -97,8 +135,9 @@ def directions(matrix_DR: Tensor) -> Tensor:
 
     Those of A^T are the right singular vectors of A, which section 7.2 of the paper compares.
     """
-    u, values_K, v_transposed = torch.linalg.svd(matrix_DR.double(), full_matrices=False)
-    return _without_zeros(Decomposition(u, values_K, v_transposed.t())).u_OK
+    u, values_K, _ = torch.linalg.svd(matrix_DR.double(), full_matrices=False)
+    largest = float(values_K[0]) if len(values_K) else 0.0
+    return u[:, : _above_rounding(values_K, largest, max(matrix_DR.shape))]
 
 
 def subspace_similarity(one_DK: Tensor, other_DK: Tensor) -> Tensor:
@@ -117,10 +156,27 @@ def chance_similarity(i: int, j: int, width: int) -> float:
     return max(i, j) / width
 
 
-def _without_zeros(full: Decomposition) -> Decomposition:
-    """Without the components that are rounding alone, whose directions mean nothing."""
-    values_K = full.values_K
-    largest_side = max(len(full.u_OK), len(full.v_IK))
-    smallest = largest_side * torch.finfo(values_K.dtype).eps * values_K.max() if len(values_K) else 0.0
-    count = int((values_K > smallest).sum())
-    return Decomposition(full.u_OK[:, :count], values_K[:count], full.v_IK[:, :count])
+def _gram(chunks: Iterator[Tensor]) -> Tensor:
+    """M^T M of the rows of M."""
+    total = None
+    for chunk in chunks:
+        total = chunk.t() @ chunk if total is None else total.addmm_(chunk.t(), chunk)
+    assert total is not None, "a matrix has rows"
+    return total
+
+
+def _chunks(matrix: Tensor) -> Iterator[Tensor]:
+    """Its rows in float64, some at a time."""
+    return (rows.double() for rows in matrix.split(ROWS))
+
+
+def _roots(squares: Tensor) -> Tensor:
+    """Singular values in descending order, from the eigenvalues of a Gram matrix."""
+    squares = squares.flip(0)
+    count = _above_rounding(squares, float(squares[0]), len(squares))
+    return torch.cat([squares[:count].sqrt(), torch.zeros_like(squares[count:])])
+
+
+def _above_rounding(values_K: Tensor, size: float, side: int) -> int:
+    """How many of the values (float64, descending) are more than the rounding of sums of `side` terms of this size."""
+    return int((values_K > side * torch.finfo(torch.float64).eps * size).sum())

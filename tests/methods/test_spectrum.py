@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ftkit.methods import spectrum as module
 from ftkit.methods.spectrum import (
     Spectrum,
     amplification,
@@ -13,7 +14,7 @@ from ftkit.methods.spectrum import (
     decompose,
     decompose_product,
     directions,
-    spectrum_of,
+    spectrum_of_difference,
     subspace_similarity,
 )
 
@@ -36,30 +37,67 @@ def test_a_product_is_decomposed_as_torch_decomposes_it_dense(rank: int) -> None
     """Also where the rank is as large as the weight's sides, or larger."""
     a_RI, b_OR = random(rank, IN), random(OUT, rank, seed=1)
     dense = 1.5 * (b_OR @ a_RI)
-    found = decompose_product(a_RI.float(), b_OR.float(), 1.5)
+    found = decompose_product(a_RI, b_OR, 1.5)
     assert len(found.values_K) == min(rank, OUT)
-    torch.testing.assert_close(found.values_K, torch.linalg.svdvals(dense)[:rank], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.u_OK * found.values_K @ found.v_IK.t(), dense, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.values_K, torch.linalg.svdvals(dense)[:rank], rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.u_OK * found.values_K @ found.v_IK.t(), dense, rtol=0, atol=1e-11)
     torch.testing.assert_close(found.u_OK.t() @ found.u_OK, torch.eye(min(rank, OUT)).double())
+
+
+def test_the_factors_are_decomposed_in_float64_whatever_they_are_stored_in() -> None:
+    a_RI, b_OR = random(4, IN).bfloat16(), random(OUT, 4, seed=1).bfloat16()
+    expected = torch.linalg.svdvals(b_OR.double() @ a_RI.double())[:4]
+    torch.testing.assert_close(decompose_product(a_RI, b_OR, 1.0).values_K, expected, rtol=1e-10, atol=0)
 
 
 def test_components_that_are_rounding_alone_are_left_out() -> None:
     a_RI, b_OR = random(2, IN), random(OUT, 2, seed=1)
-    # Rank 2, written with factors of rank 4 that cancel as those of a PiSSA that has learned little.
+    # Rank 2, written with factors of rank 4.
     found = decompose_product(torch.cat([a_RI, a_RI]), torch.cat([b_OR, 2 * b_OR], dim=1), 1.0)
     assert len(found.values_K) == 2
     assert 1 <= found.spectrum.effective_rank <= 2
+    # Factors that cancel, as those of a PiSSA do before it has learned anything.
+    cancelled = decompose_product(torch.cat([a_RI, a_RI]), torch.cat([b_OR, -b_OR], dim=1), 1.0)
     nothing = decompose_product(a_RI, torch.zeros(OUT, 2), 1.0)
-    assert len(nothing.values_K) == 0
-    assert (nothing.spectrum.norm, nothing.spectrum.effective_rank, nothing.spectrum.rank_holding(0.9)) == (0, 0, 0)
+    for zero in (cancelled, nothing):
+        assert len(zero.values_K) == 0
+        spectrum = zero.spectrum
+        assert (spectrum.norm, spectrum.effective_rank) == (0, 0)
+        assert (spectrum.rank_holding(0.9), spectrum.share_held(3)) == (0, 0)
 
 
-def test_the_leading_components_of_a_matrix_of_full_rank() -> None:
-    matrix = random(OUT, IN)
-    found = decompose(matrix, 3)
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT), (OUT, OUT)])
+def test_a_matrix_of_full_rank(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tall, wide and square, in pieces of its rows."""
+    monkeypatch.setattr(module, "ROWS", 7)
+    matrix = random(*shape)
+    found = decompose(matrix)
+    torch.testing.assert_close(found.values_K, torch.linalg.svdvals(matrix), rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.u_OK * found.values_K @ found.v_IK.t(), matrix, rtol=0, atol=1e-12)
+    leading = found.leading(3)
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    torch.testing.assert_close(found.values_K, values[:3])
-    torch.testing.assert_close(found.u_OK @ found.v_IK.t(), u[:, :3] @ v[:3])
+    torch.testing.assert_close(leading.values_K, values[:3])
+    torch.testing.assert_close(leading.u_OK @ leading.v_IK.t(), u[:, :3] @ v[:3])
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN), (IN, OUT)])
+def test_the_spectrum_of_a_difference(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 7)
+    one, other = random(*shape), random(*shape, seed=1)
+    expected = torch.linalg.svdvals(one - other)
+    torch.testing.assert_close(spectrum_of_difference(one, other).values_K, expected, rtol=1e-10, atol=0)
+    # Low precision is widened before it is subtracted: the difference of two bfloat16 numbers is mostly no such number.
+    rough = spectrum_of_difference(one.bfloat16(), other.bfloat16()).values_K
+    expected = torch.linalg.svdvals(one.bfloat16().double() - other.bfloat16().double())
+    torch.testing.assert_close(rough, expected, rtol=1e-10, atol=0)
+    assert spectrum_of_difference(one, one).values_K.tolist() == [0] * OUT
+
+
+def test_the_spectrum_of_a_difference_of_low_rank_ends_where_its_rank_does() -> None:
+    base = random(OUT, IN)
+    values = spectrum_of_difference(base + random(OUT, 3, seed=1) @ random(3, IN, seed=2), base).values_K
+    assert int((values > 0).sum()) == 3
+    assert len(values) == OUT
 
 
 # --- ranks
@@ -68,42 +106,49 @@ def test_the_leading_components_of_a_matrix_of_full_rank() -> None:
 def test_effective_rank_is_the_exponential_of_the_entropy() -> None:
     assert Spectrum(torch.full((5,), 3.0)).effective_rank == pytest.approx(5)
     assert Spectrum(torch.tensor([7.0, 0.0, 0.0])).effective_rank == pytest.approx(1)
-    shares = [9 / 14, 4 / 14, 1 / 14]
-    entropy = -sum(p * math.log(p) for p in shares)
+    entropy = -sum(p * math.log(p) for p in (3 / 6, 2 / 6, 1 / 6))
     assert Spectrum(torch.tensor([3.0, 2.0, 1.0])).effective_rank == pytest.approx(math.exp(entropy))
 
 
 def test_the_rank_that_holds_a_share_of_the_squared_norm() -> None:
-    spectrum = Spectrum(torch.tensor([8.0, 5.0, 3.0, 1.0]).sqrt())
+    spectrum = Spectrum(torch.tensor([8.0, 5.0, 3.0, 1.0]).double().sqrt())
     assert [spectrum.rank_holding(share) for share in (0.4, 0.5, 0.75, 0.9, 0.95, 0.99)] == [1, 2, 2, 3, 4, 4]
+    assert [spectrum.share_held(rank) for rank in (1, 2, 4, 9)] == pytest.approx([8 / 17, 13 / 17, 1, 1])
 
 
 def test_the_norm_is_that_of_the_matrix() -> None:
-    matrix = random(OUT, IN).float()
-    assert spectrum_of(matrix).norm == pytest.approx(float(torch.linalg.matrix_norm(matrix)), rel=1e-6)
+    matrix = random(OUT, IN)
+    assert decompose(matrix).spectrum.norm == pytest.approx(float(torch.linalg.matrix_norm(matrix)), rel=1e-12)
 
 
 # --- amplification
 
 
-def test_amplification_is_the_papers_ratio() -> None:
+def test_amplification_is_the_papers_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 7)
     a_RI, b_OR, weight_OI = random(4, IN), random(OUT, 4, seed=1), random(OUT, IN, seed=2)
     update = 0.5 * (b_OR @ a_RI)
     u, _, v = torch.linalg.svd(update)
-    projected = u[:, :4].T @ weight_OI @ v[:4].T
-    expected = torch.linalg.matrix_norm(update) / torch.linalg.matrix_norm(projected)
-    assert amplification(decompose_product(a_RI, b_OR, 0.5), weight_OI) == pytest.approx(float(expected))
-    assert amplification(decompose(update, 4), weight_OI) == pytest.approx(float(expected))
+    norm = torch.linalg.matrix_norm(update)
+    expected = float(norm / torch.linalg.matrix_norm(u[:, :4].T @ weight_OI @ v[:4].T))
+    product = decompose_product(a_RI, b_OR, 0.5)
+    assert amplification(product, product.spectrum.norm, weight_OI) == pytest.approx(expected, rel=1e-10)
+    # An update of full rank: the whole of it over what W has in its first directions.
+    full = random(OUT, IN, seed=3)
+    u, _, v = torch.linalg.svd(full)
+    expected = float(torch.linalg.matrix_norm(full) / torch.linalg.matrix_norm(u[:, :4].T @ weight_OI @ v[:4].T))
+    found = decompose(full)
+    assert amplification(found.leading(4), found.spectrum.norm, weight_OI) == pytest.approx(expected, rel=1e-10)
 
 
 def test_amplification_of_the_weights_own_directions_and_of_foreign_ones() -> None:
     u_OK, v_IK = orthonormal(OUT, 4), orthonormal(IN, 4, seed=1)
     weight_OI = u_OK[:, :2] @ v_IK[:, :2].t()
     own = decompose_product(v_IK[:, :2].t(), 3 * u_OK[:, :2], 1.0)
-    assert amplification(own, weight_OI) == pytest.approx(3)
+    assert amplification(own, own.spectrum.norm, weight_OI) == pytest.approx(3)
     nothing = decompose_product(v_IK[:, :2].t(), 0 * u_OK[:, :2], 1.0)
-    assert amplification(nothing, weight_OI) is None
-    assert amplification(own, torch.zeros(OUT, IN)) is None
+    assert amplification(nothing, 0.0, weight_OI) is None
+    assert amplification(own, own.spectrum.norm, torch.zeros(OUT, IN)) is None
 
 
 # --- similarity
@@ -116,21 +161,19 @@ def test_similarity_is_the_papers_formula() -> None:
     assert phi.shape == (8, 16)
     for i, j in ((1, 1), (2, 7), (8, 3), (8, 16)):
         expected = torch.linalg.matrix_norm(v_1[:i] @ v_2[:j].T) ** 2 / min(i, j)
-        assert float(phi[i - 1, j - 1]) == pytest.approx(float(expected))
+        assert float(phi[i - 1, j - 1]) == pytest.approx(float(expected), rel=1e-10)
 
 
 def test_a_shared_subspace_has_similarity_1_and_orthogonal_ones_0() -> None:
     basis = orthonormal(IN, 12)
     inside, outside = basis[:, :4], basis[:, 6:]
     mixed = inside @ random(4, 4, seed=3)
-    torch.testing.assert_close(
-        subspace_similarity(directions(inside), directions(mixed))[3, 3], torch.ones(()).double()
-    )
+    itself = subspace_similarity(directions(mixed), directions(mixed))
+    torch.testing.assert_close(itself.diagonal(), torch.ones(4).double())
+    assert float(subspace_similarity(directions(inside), directions(mixed))[3, 3]) == pytest.approx(1)
     # The smaller subspace lies in the larger one.
     larger = torch.cat([mixed, outside], dim=1)
-    torch.testing.assert_close(
-        subspace_similarity(directions(mixed), directions(larger))[3, -1], torch.ones(()).double()
-    )
+    assert float(subspace_similarity(directions(mixed), directions(larger))[3, -1]) == pytest.approx(1)
     assert subspace_similarity(directions(inside), directions(outside)).abs().max() < 1e-12
 
 
