@@ -1,4 +1,4 @@
-"""Rewriting the safetensors files of a model, one file in memory at a time: weights changed by name, others copied."""
+"""The weights in a model's safetensors files: read one at a time, or rewritten file by file, changed by name."""
 
 import json
 import shutil
@@ -6,13 +6,41 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ftkit.errors import CheckFailedError
+from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods.base import ComputeDelta, merged_weight
 from ftkit.models.files import INDEX_NAME, read_json, weight_files
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """Name -> tensor of a model directory; each is read from its file when it is asked for, and kept nowhere."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the names.
+
+        Raises:
+            UserError: weight files are missing or damaged.
+        """
+        self._files: dict[str, Path] = {}
+        for path in weight_files(directory):
+            try:
+                self._files |= dict.fromkeys(_names(path), path)
+            except SafetensorError as error:
+                raise UserError(f"is damaged ({error})", how="copy or download it again", where=str(path)) from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: str) -> dict[str, ComputeDelta]:
@@ -25,7 +53,7 @@ def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: s
     Raises:
         CheckFailedError: a weight is in no file; it would stay unmerged in silence.
     """
-    stored = {name for path in weight_files(source) for name in stored_names(path)}
+    stored = StoredWeights(source)
     found: dict[str, ComputeDelta] = {}
     for name, delta in names.items():
         candidates = (name, name.removeprefix(f"{prefix}."))
@@ -54,7 +82,7 @@ def rewrite(
     """
     total_size = 0
     for path in weight_files(source):
-        tensors = {name: rewritten(tensor, deltas.get(name), dtype) for name, tensor in stored_tensors(path)}
+        tensors = {name: rewritten(tensor, deltas.get(name), dtype) for name, tensor in _tensors(path)}
         total_size += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, target / path.name, metadata={"format": "pt"})
     if len(weight_files(source)) > 1:
@@ -88,11 +116,11 @@ def check_tensors(
     """
     wrong: list[str] = []
     for before, after in zip(weight_files(source), weight_files(target), strict=True):
-        if set(stored_names(before)) != set(stored_names(after)):
+        if set(_names(before)) != set(_names(after)):
             wrong.append(f"the tensors of {after.name} are not those of the base")
             continue
         with safe_open(after, framework="pt") as written:
-            for name, tensor in stored_tensors(before):
+            for name, tensor in _tensors(before):
                 merged = written.get_tensor(name)
                 if not same_bits(merged, rewritten(tensor, deltas.get(name), dtype)):
                     wrong.append(f"{name} is not cast(W + s BA)" if name in deltas else f"{name} was altered")
@@ -110,13 +138,12 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
-def stored_names(path: Path) -> list[str]:
-    """Names of the tensors in a file."""
+def _names(path: Path) -> list[str]:
     with safe_open(path, framework="pt") as file:
         return list(file.keys())
 
 
-def stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor, one in memory at a time (mapped, not read, until it is used)."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118

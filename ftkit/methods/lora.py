@@ -175,6 +175,32 @@ def low_rank_deltas(state: Mapping[str, Tensor], section: LoraMethod) -> Iterato
         yield path, LowRankDelta(a_RI, b_OR, magnitude_O, _scale(section, path))
 
 
+@dataclass(frozen=True, eq=False)
+class SavedLora:
+    """What the files of an adapter say without a model."""
+
+    section: LoraMethod
+    deltas: dict[str, LowRankDelta]
+    """Path of every adapted layer -> what its weight [O, I] gains."""
+    in_full: tuple[str, ...]
+    """Names of the parameters that trained in full besides."""
+
+
+def read_saved(directory: Path) -> SavedLora:
+    """Read an adapter of ftkit or peft whose base is not at hand.
+
+    Raises:
+        UserError: the files are damaged, of another method, or use something that ftkit lacks.
+    """
+    config, state = read_adapter(directory, peft_type=LORA)
+    section = trained_as(directory) or lora_section(config, directory)
+    others = [name.removeprefix(PREFIX) for name in state if not name.endswith((A, B, MAGNITUDE))]
+    if unknown := [name for name in others if ".lora_" in name]:
+        what = f"holds {unknown[0]}, which is of no linear layer"
+        raise UserError(what, how="merge it into its base with peft's merge_and_unload", where=str(directory))
+    return SavedLora(section, dict(low_rank_deltas(state, section)), tuple(others))
+
+
 def learning_rate_factor(name: str, section: LoraMethod) -> float:
     """B learns `learning_rate_ratio` times as fast as everything else (LoRA+)."""
     return section.learning_rate_ratio if name.endswith(".lora_B") else 1.0
