@@ -89,9 +89,11 @@ def inspect_adapter(target: Target, *, console: Console, names: Sequence[str] = 
     weights = StoredWeights(source)
     in_files = names_in_files(source, deltas, prefix=build_skeleton(target.model).base_model_prefix)
     places = {delta: name for name, delta in in_files.items()}
-    # A tied weight has several names with the same delta.
-    first_names = {delta: name for name, delta in reversed(deltas.items())}
-    by_name = {name.removesuffix(".weight"): delta for delta, name in first_names.items()}
+    # A tied weight has several names with the same delta: the first one stands.
+    names_of: dict[ComputeDelta, str] = {}
+    for name, delta in deltas.items():
+        names_of.setdefault(delta, name.removesuffix(".weight"))
+    by_name = {name: delta for delta, name in names_of.items()}
     changes, vectors = [], []
     chosen = choose(by_name, names)
     with console.progress("inspecting", total=len(chosen)) as bar:

@@ -27,7 +27,8 @@ class ModuleSimilarity:
     @property
     def chance(self) -> float:
         """What the last value of `phi` would be, on average, of random directions."""
-        return chance_similarity(*self.phi.shape, self.width)
+        i, j = self.phi.shape
+        return chance_similarity(i, j, self.width)
 
 
 @dataclass(frozen=True)
