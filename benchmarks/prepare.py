@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -97,11 +96,9 @@ def prepare_here(model: str, rows: Path) -> None:
     # What a .gguf file is converted to is no data.
     base = loaded.directory(("base_model",))
     find_base(loaded.recipe.base_model, loaded.recipe.model, base=base, offline=False, trust_remote_code=False)
-    watch = MemoryWatch()
-    clock = Clock()
+    usage = Usage()
     prepared = prepare(loaded, Console(quiet=True), offline=False, trust_remote_code=False)
-    seconds, cpu_seconds = clock.stop()
-    memory = watch.stop()
+    usage.stop()
     plan = prepared.plan
     # The tokenizer alone, on texts of the same rows: a sample of at most 20,000, in batches.
     sample = np.linspace(0, len(plan.examples) - 1, min(len(plan.examples), 20_000)).astype(int)
@@ -109,69 +106,80 @@ def prepare_here(model: str, rows: Path) -> None:
     texts = [str(prepared.tokenizer.decode(part.tolist())) for part in ids]
     passes = [_encode_raw(prepared.tokenizer, texts) for _ in range(3)]
     sampled = sum(map(len, ids)) / plan.num_tokens
-    clock = Clock()
+    again = Usage()
     prepare(loaded, Console(quiet=True), offline=False, trust_remote_code=False)
-    again, _ = clock.stop()
-    figures = {"rows": len(plan.examples), "tokens": plan.num_tokens, "seconds": seconds, "memory": memory}
-    figures |= {"share": min(wall for wall, _ in passes) / sampled / seconds}
-    figures |= {"cpu_share": min(cpu for _, cpu in passes) / sampled / cpu_seconds}
-    print(json.dumps(figures | {"seconds_again": again}))
+    again.stop()
+    figures = {"rows": len(plan.examples), "tokens": plan.num_tokens, "seconds": usage.seconds, "memory": usage.memory}
+    figures |= {"share": min(wall for wall, _ in passes) / sampled / usage.seconds}
+    figures |= {"cpu_share": min(cpu for _, cpu in passes) / sampled / usage.cpu_seconds}
+    print(json.dumps(figures | {"seconds_again": again.seconds}))
 
 
 def _encode_raw(tokenizer: Any, texts: list[str]) -> tuple[float, float]:
-    clock = Clock()
+    usage = Usage()
     for start in range(0, len(texts), RAW_BATCH):
         tokenizer(texts[start : start + RAW_BATCH], add_special_tokens=False)
-    return clock.stop()
+    usage.stop()
+    return usage.seconds, usage.cpu_seconds
 
 
-class Clock:
-    """Time, and processor time of this process and of its children that have ended."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter(), _cpu_seconds()
-
-    def stop(self) -> tuple[float, float]:
-        """Seconds and processor seconds since the start."""
-        return time.perf_counter() - self._start[0], _cpu_seconds() - self._start[1]
-
-
-def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-class MemoryWatch:
-    """The largest RssAnon of this process and its children together, above what it is at the start."""
+class Usage:
+    """Time, processor time and memory from here to `stop`, of this process and all those that come of it."""
 
     def __init__(self) -> None:
-        self._start = self._peak = _anonymous_bytes()
+        self.seconds = self.cpu_seconds = 0.0
+        self.memory = 0
+        """The largest RssAnon of all together, above what it is at the start."""
+        self._clock = time.perf_counter()
+        self._cpu_start, self._memory_start = _cpu_seconds("self"), _anonymous_bytes("self")
+        self._cpu_of: dict[str, float] = {}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def stop(self) -> int:
-        """Bytes."""
+    def stop(self) -> None:
         self._end.set()
         self._thread.join()
-        return self._peak - self._start
+        self._look()
+        self.seconds = time.perf_counter() - self._clock
+        self.cpu_seconds = _cpu_seconds("self") - self._cpu_start + sum(self._cpu_of.values())
 
     def _watch(self) -> None:
         while not self._end.wait(0.05):
-            self._peak = max(self._peak, _anonymous_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        others = _descendants(str(os.getpid()))
+        # A process's last reading stands when it has ended.
+        self._cpu_of |= {pid: _cpu_seconds(pid) for pid in others} | {
+            pid: seconds for pid, seconds in self._cpu_of.items() if pid not in others
+        }
+        together = sum(map(_anonymous_bytes, ["self", *others]))
+        self.memory = max(self.memory, together - self._memory_start)
 
 
-def _anonymous_bytes() -> int:
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    pids = ["self", *(children.read_text().split() if children.exists() else [])]
-    total = 0
-    for pid in pids:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
-    return total
+def _descendants(pid: str) -> list[str]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [*children, *(pid for child in children for pid in _descendants(child))]
+
+
+def _cpu_seconds(pid: str) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _anonymous_bytes(pid: str) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 def main() -> None:

@@ -159,13 +159,22 @@ def merge(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Base model; default the one that the adapter names.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Default RUN/merged, for one adapter.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/merged, for one adapter.")
+    ] = None,
     dtype: Dtype = None,
+    proof: Annotated[
+        str,
+        typer.Option(
+            metavar="full|modules|none",
+            help="Compare logits of two whole models, outputs of one module after another, or nothing but the files.",
+        ),
+    ] = "full",
     overwrite: Overwrite = False,
     offline: Offline = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Fold LoRA into the base model's weights, and prove the result."""
+    """Fold LoRA into the base model's weights, or take it off again, and prove the result."""
     from ftkit.commands.merge import merge as command
 
     command(
@@ -173,6 +182,7 @@ def merge(
         base=base,
         output=output,
         dtype=dtype,
+        proof=proof,
         overwrite=overwrite,
         offline=offline,
         trust_remote_code=trust_remote_code,

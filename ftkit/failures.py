@@ -25,7 +25,6 @@ LATER_VERBS = {
 """Verbs of later versions -> what to do until then."""
 
 LATER_OPTIONS = {
-    "--proof": "leave it out; every merge is proven",
     "--quantization": "leave it out",
     "--smoke": "use --dry-run, or training.max_steps=2",
 }

@@ -87,9 +87,8 @@ def test_train_passes_everything_on(calls: list[Any]) -> None:
 def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     common = ["--offline", "--trust-remote-code"]
     assert run(["plan", "r.yaml", "a=b", "--json", *common]) == 0
-    assert (
-        run(["merge", "A:-1", "B", "--base", "M", "--output", "o", "--dtype", "bfloat16", "--overwrite", *common]) == 0
-    )
+    merge = ["merge", "A:-1", "B", "--base", "M", "--output", "o", "--dtype", "bfloat16", "--proof", "modules"]
+    assert run([*merge, "--overwrite", *common]) == 0
     evaluate = ["eval", "T", "--suite", "s", "--compare", "a", "--compare", "b", "--no-compare", "--limit", "3"]
     assert run([*evaluate, "--output", "o.json", *common]) == 0
     export = ["export", "T", "--format", "hf", "--output", "o", "--dtype", "float16", "--overwrite"]
@@ -100,7 +99,7 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
         (
             "merge",
             (["A:-1", "B"],),
-            {"base": "M", "output": Path("o"), "dtype": "bfloat16", "overwrite": True, **on},
+            {"base": "M", "output": Path("o"), "dtype": "bfloat16", "proof": "modules", "overwrite": True, **on},
         ),
         (
             "eval",

@@ -35,8 +35,8 @@ class WeightedAdapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the adapter's weights."""
-        return hash_files([self.directory / WEIGHTS_NAME])
+        """Of the adapter's weights and of its configuration, which says by how much they count."""
+        return hash_files([self.directory / WEIGHTS_NAME, self.directory / ADAPTER_CONFIG_NAME])
 
     def describe(self) -> dict[str, Any]:
         """What merge_report.json says of it."""

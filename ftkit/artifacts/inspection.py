@@ -6,21 +6,23 @@ time.
 """
 
 import difflib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import dot_natural_key
 
 from ftkit.artifacts.adapters import WeightedAdapter
+from ftkit.artifacts.layout import lay_out
 from ftkit.artifacts.updates import build_skeleton, load_adapter
-from ftkit.artifacts.weights import StoredWeights, names_in_files
+from ftkit.artifacts.weights import TensorFiles
 from ftkit.console import Console
 from ftkit.errors import UserError
 from ftkit.methods.base import ComputeDelta, Replacement
-from ftkit.methods.lora import LowRankDelta, read_saved
+from ftkit.methods.lora_experts import ExpertsDelta
+from ftkit.methods.lora_saved import LowRankDelta, expert_by_expert, read_saved
 from ftkit.methods.spectrum import Spectrum, amplification, decompose, decompose_product, spectrum_of_difference
 from ftkit.methods.targets import matches_name
 from ftkit.models.load import BaseModel, local_directory
@@ -75,7 +77,8 @@ def inspect_factors(label: str, directory: Path, *, names: Sequence[str] = ()) -
         raise UserError(what, how="name it with --base")
     chosen = choose(saved.deltas, names)
     notes = (f"{_listed(saved.in_full)} trained in full: what changed needs the base",) if saved.in_full else ()
-    return Inspection(label, None, tuple(_change(name, saved.deltas[name], None) for name in chosen), notes)
+    one_by_one = [pair for name in chosen for pair in split(name, saved.deltas[name])]
+    return Inspection(label, None, tuple(_low_rank_change(name, delta, None) for name, delta in one_by_one), notes)
 
 
 def inspect_adapter(target: Target, *, console: Console, names: Sequence[str] = ()) -> Inspection:
@@ -83,27 +86,27 @@ def inspect_adapter(target: Target, *, console: Console, names: Sequence[str] = 
 
     Raises:
         UserError: the adapter cannot be read, does not fit the base, or a name matches nothing.
+        CheckFailedError: the base's files lack a weight that is adapted.
     """
     deltas = load_adapter(WeightedAdapter(target), target.model).deltas
     source = local_directory(target.model, weights=True)
-    weights = StoredWeights(source)
-    in_files = names_in_files(source, deltas, prefix=build_skeleton(target.model).base_model_prefix)
-    places = {delta: name for name, delta in in_files.items()}
-    # A tied weight has several names with the same delta: the first one stands.
+    layout = lay_out(build_skeleton(target.model), source, deltas)
+    # A tied weight has several names with the same delta: the first one that files know stands.
     names_of: dict[ComputeDelta, str] = {}
     for name, delta in deltas.items():
-        names_of.setdefault(delta, name.removesuffix(".weight"))
-    by_name = {name: delta for delta, name in names_of.items()}
-    changes, vectors = [], []
-    chosen = choose(by_name, names)
-    with console.progress("inspecting", total=len(chosen)) as bar:
-        for number, name in enumerate(chosen):
-            delta = by_name[name]
-            weight = weights[places[delta]]
-            if weight.ndim == 2:
-                changes.append(_change(name, delta, weight))
+        if name in layout.pieces:
+            names_of.setdefault(delta, name)
+    by_path = {name.removesuffix(".weight"): name for name in names_of.values()}
+    chosen = choose(by_path, names)
+    changes: list[Change] = []
+    vectors = []
+    with TensorFiles(source) as files, console.progress("inspecting", total=len(chosen)) as bar:
+        for number, path in enumerate(chosen):
+            weight = layout.read(files, by_path[path])
+            if weight.ndim > 1:
+                changes += _changes(path, deltas[by_path[path]], weight)
             else:
-                vectors.append(name)
+                vectors.append(path)
             bar.update(number + 1)
     notes = (f"{_listed(vectors)} trained in full too, and has no spectrum",) if vectors else ()
     return Inspection(target.label, target.model.name, tuple(changes), notes)
@@ -117,26 +120,27 @@ def inspect_model(
     Raises:
         UserError: files are missing or damaged, the models have no matrix in common, or a name matches nothing.
     """
-    tuned = StoredWeights(local_directory(model, weights=True))
-    before = StoredWeights(local_directory(base, weights=True))
-    places = _pair(tuned, before, prefix=build_skeleton(base).base_model_prefix)
-    chosen = choose([name.removesuffix(".weight") for name in tuned], names)
-    full_names = {name.removesuffix(".weight"): name for name in tuned}
     changes: list[Change] = []
     vectors: list[float] = []
     unpaired = []
-    with console.progress("inspecting", total=len(chosen)) as bar:
-        for number, name in enumerate(chosen):
-            after, place = tuned[full_names[name]], places.get(full_names[name])
-            here = before[place] if place is not None else None
-            if here is None or here.shape != after.shape:
-                unpaired.append(name)
-            elif after.ndim < 2:
-                vectors.append(_relative(float(_norm(after.double() - here.double())), here) or 0.0)
-            else:
-                pairs = zip(_matrices(name, after), _matrices(name, here), strict=True)
-                changes += [_difference(one, matrix, weight) for (one, matrix), (_, weight) in pairs]
-            bar.update(number + 1)
+    directories = [local_directory(one, weights=True) for one in (model, base)]
+    prefix = build_skeleton(base).base_model_prefix
+    with TensorFiles(directories[0]) as tuned, TensorFiles(directories[1]) as before:
+        places = _pair(tuned.names, set(before.names), prefix=prefix)
+        by_path = {name.removesuffix(".weight"): name for name in tuned.names}
+        chosen = choose(by_path, names)
+        with console.progress("inspecting", total=len(chosen)) as bar:
+            for number, path in enumerate(chosen):
+                place = places.get(by_path[path])
+                if place is None or tuned.shape(by_path[path]) != before.shape(place):
+                    unpaired.append(path)
+                else:
+                    after, here = tuned[by_path[path]], before[place]
+                    if after.ndim > 1:
+                        changes += _differences(path, after, here)
+                    else:
+                        vectors.append(_relative(float(_norm(after.double() - here.double())), here) or 0.0)
+                bar.update(number + 1)
     if not changes and not vectors:
         how = "name the model that it was trained from with --base"
         raise UserError(f"{label} and {base.name} have no weights of one name and shape", how=how)
@@ -144,16 +148,31 @@ def inspect_model(
     if vectors:
         notes.append(f"{len(vectors)} vectors (norms, biases) moved by {max(vectors):.2%} of their norm at most")
     if unpaired:
-        notes.append(f"{_listed(unpaired)}: the base has no weight of this name and shape")
+        remedy = "save both with the same transformers' save_pretrained to compare them"
+        notes.append(f"{_listed(unpaired)}: the base's files hold no weight of this name and shape; {remedy}")
     return Inspection(label, base.name, tuple(changes), tuple(notes))
 
 
-def _change(name: str, delta: ComputeDelta, weight: Tensor | None) -> Change:
-    """What `delta` makes of a weight that is stored as a matrix; without the weight, of a plain LoRA."""
+def split(name: str, delta: LowRankDelta | ExpertsDelta) -> list[tuple[str, LowRankDelta]]:
+    """A layer as it is, and a stack of experts expert by expert, each with its name."""
+    if isinstance(delta, LowRankDelta):
+        return [(name, delta)]
+    return [(f"{name}[{index}]", one) for index, one in enumerate(expert_by_expert(delta))]
+
+
+def _changes(name: str, delta: ComputeDelta, weight: Tensor) -> Iterator[Change]:
+    """What `delta` makes of a weight: one matrix, or one for each expert."""
     if isinstance(delta, Replacement):
-        assert weight is not None, name
-        return _difference(name, delta.tuned, weight)
-    assert isinstance(delta, LowRankDelta), name
+        yield from _differences(name, delta.tuned, weight)
+        return
+    assert isinstance(delta, LowRankDelta | ExpertsDelta), name
+    matrices = weight if isinstance(delta, ExpertsDelta) else [weight]
+    for (own_name, one), matrix in zip(split(name, delta), matrices, strict=True):
+        yield _low_rank_change(own_name, one, matrix)
+
+
+def _low_rank_change(name: str, delta: LowRankDelta, weight: Tensor | None) -> Change:
+    """What `delta` makes of a weight; without the weight, of a plain LoRA."""
     rank, shape = len(delta.a_RI), (len(delta.b_OR), delta.a_RI.shape[1])
     if weight is None:
         return Change(name, shape, rank, decompose_product(delta.a_RI, delta.b_OR, delta.scale).spectrum, None, None)
@@ -168,9 +187,11 @@ def _change(name: str, delta: ComputeDelta, weight: Tensor | None) -> Change:
     return Change(name, shape, rank, spectrum, _relative(spectrum.norm, weight), ratio)
 
 
-def _difference(name: str, tuned: Tensor, weight: Tensor) -> Change:
-    spectrum = spectrum_of_difference(tuned, weight)
-    return Change(name, (len(weight), weight.shape[1]), None, spectrum, _relative(spectrum.norm, weight), None)
+def _differences(name: str, tuned: Tensor, weight: Tensor) -> Iterator[Change]:
+    for (own_name, after), (_, before) in zip(_matrices(name, tuned), _matrices(name, weight), strict=True):
+        spectrum = spectrum_of_difference(after, before)
+        shape = (len(before), before.shape[1])
+        yield Change(own_name, shape, None, spectrum, _relative(spectrum.norm, before), None)
 
 
 def _relative(norm: float, weight: Tensor) -> float | None:
@@ -190,7 +211,7 @@ def _matrices(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.flatten(1)
 
 
-def _pair(tuned: Iterable[str], before: Mapping[str, Tensor], *, prefix: str) -> dict[str, str]:
+def _pair(tuned: Iterable[str], before: Container[str], *, prefix: str) -> dict[str, str]:
     """Name of each weight -> its name in the base's files, which may leave the model's prefix out or have it."""
     candidates = {name: (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") for name in tuned}
     found = {name: next((one for one in several if one in before), None) for name, several in candidates.items()}
@@ -203,7 +224,7 @@ def choose(paths: Iterable[str], names: Sequence[str]) -> list[str]:
     Raises:
         UserError: a name matches nothing.
     """
-    ordered = sorted(paths, key=lambda path: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in _parts(path)])
+    ordered = sorted(paths, key=dot_natural_key)
     for name in names:
         if not any(matches_name(path, name) for path in ordered):
             there = list(dict.fromkeys(path.rpartition(".")[2] for path in ordered))
@@ -211,10 +232,6 @@ def choose(paths: Iterable[str], names: Sequence[str]) -> list[str]:
             how = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
             raise UserError(f"--modules {name} matches nothing that was trained", how=how)
     return [path for path in ordered if not names or any(matches_name(path, name) for name in names)]
-
-
-def _parts(path: str) -> list[str]:
-    return re.split(r"[.\[\]]", path)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,150 +1,194 @@
-"""Folding LoRA adapters into their base, and the proof that nothing else changed.
+"""Folding LoRA adapters into their base, or taking them off again, and the proof that nothing else changed.
 
 W' = cast(float32(W) + sum over the adapters of weight * alpha / rank * B A)        rounded once
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ftkit.artifacts import proof
 from ftkit.artifacts.adapters import WeightedAdapter, common_base
-from ftkit.artifacts.directory import (
-    check_free,
-    copy_companions,
-    has_tokenizer,
-    staged,
-    template_kwargs,
-    write_config,
-)
-from ftkit.artifacts.updates import LoadedAdapter, applied, build_skeleton, load_adapter, sum_updates
-from ftkit.artifacts.weights import check_tensors, names_in_files, rewrite
+from ftkit.artifacts.contents import REPORT_NAME, Contents, check_base_of, check_subtracted, read_contents
+from ftkit.artifacts.directory import check_free, copy_companions, has_tokenizer, staged, template_kwargs, write_config
+from ftkit.artifacts.layout import lay_out
+from ftkit.artifacts.proof import Prompt, check_logits, proof_prompts
+from ftkit.artifacts.proof_modules import ModulesProof, check_modules, prove_modules
+from ftkit.artifacts.proof_whole import Cast, WholeProof, prove_whole
+from ftkit.artifacts.restored import Restored, check_restored, compare_with_base, find_original
+from ftkit.artifacts.updates import LoadedAdapter, build_skeleton, load_adapter, sum_updates
+from ftkit.artifacts.weights import Changes, check_tensors, rewrite
+from ftkit.errors import UserError
 from ftkit.methods.base import ComputeDelta
-from ftkit.methods.files import check_base, read_identity
-from ftkit.models.files import stored_dtype
-from ftkit.models.load import BaseModel, load_tokenizer, load_weights, local_directory
+from ftkit.methods.files import BaseIdentity, read_identity
+from ftkit.models.files import hash_files, stored_dtype, weight_files
+from ftkit.models.load import BaseModel, load_tokenizer, local_directory
+from ftkit.runs import Target
 
-REPORT_NAME = "merge_report.json"
-
-
-@dataclass(frozen=True)
-class Cast:
-    """What serving in the stored precision changes: weights rounded to it and computed in it."""
-
-    dtype: str
-    max_abs_logit_difference: float
-    """Of the merged model as it is served, to base and adapter in float32."""
-    top1_agreement: float
-    base_max_abs_logit_difference: float
-    """The same for the base alone: what the precision costs without any merge."""
-    base_top1_agreement: float
+PROOFS = ("full", "modules", "none")
+"""Logits of two whole models; outputs of one adapted module after another; neither. Files are always checked."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """What merge_report.json holds."""
 
-    max_abs_logit_difference: float
-    """Between base with adapter and merged model, both float32."""
-    max_abs_logit: float
-    top1_agreement: float
-    cast: Cast
+    proof: str
+    """One of `PROOFS`."""
+    max_abs_logit_difference: float | None
+    """Between base with adapter and merged model, both float32; like the next three None without a full proof."""
+    max_abs_logit: float | None
+    top1_agreement: float | None
+    cast: Cast | None
+    modules: ModulesProof | None
     tensors_changed: int
+    """In the files."""
+    zero: tuple[str, ...]
+    """Weights that an adapter names and that gained nothing: its B is still zero."""
+    rounded_away: tuple[str, ...]
+    """Weights that gained less than the stored precision can tell."""
     base_fingerprint: str | None
+    fingerprint: str
+    """Of the merged weight files."""
     adapters: tuple[dict[str, Any], ...]
+    """Those of this merge; `contents` has those of all that led here."""
+    contents: Contents
+    restored: Restored | None
+    """How well the base came back; None where adapters are left in the model."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is merged into what."""
+
+    adapters: Sequence[WeightedAdapter]
+    loaded: Sequence[LoadedAdapter]
+    updates: dict[str, ComputeDelta]
+    base: BaseModel
+    identity: BaseIdentity
+    contents: Contents
+    """Of the base as it is given."""
+    result: Contents
+    original: BaseModel | None
+    """The first base, where everything is taken off again and it can be reached."""
 
 
 def merge(
     adapters: Sequence[WeightedAdapter],
     output: Path,
     *,
-    prompts: Sequence[proof.Prompt] = (),
+    prompts: Sequence[Prompt] = (),
     dtype: torch.dtype | None = None,
+    proof: str = "full",
     overwrite: bool = False,
 ) -> MergeReport:
     """Write base + adapters to `output` as an ordinary Hugging Face directory, and prove that it is that.
 
-    Tokenizer, template and generation config are those of the first adapter.
+    Tokenizer, template and generation config are those of the first adapter that is added; where all are subtracted,
+    the base's own.
 
     Args:
         prompts: token ids to prove on, besides those that ship with ftkit.
         dtype: precision of the result; None keeps the one that the base is stored in.
+        proof: one of `PROOFS`.
         overwrite: move an `output` that exists to `NAME.old-1`.
 
     Raises:
-        UserError: no LoRA, another base than one was trained on, `output` exists.
+        UserError: no LoRA, another base than one was trained on, more subtracted than there is, `output` exists.
         CheckFailedError: the proof failed; the result is kept as `NAME.rejected`.
         StorageError: disk full.
     """
-    # 1. What is merged into what.
     check_free(output, overwrite=overwrite)
-    base, identity = common_base(adapters)
-    for adapter in adapters:
-        check_base(adapter.directory, read_identity(adapter.directory), identity)
-    loaded = [load_adapter(adapter, base) for adapter in adapters]
-    updates = sum_updates(loaded)
-    source = local_directory(base, weights=True)
-    in_files = names_in_files(source, updates, prefix=build_skeleton(base).base_model_prefix)
+    inputs = _read(adapters)
+    base, source = inputs.base, local_directory(inputs.base, weights=True)
+    layout = lay_out(build_skeleton(base), source, inputs.updates)
+    in_files = layout.in_files(inputs.updates)
     result_dtype = dtype or stored_dtype(source)
-    target = adapters[0].target
+    dressed = _companions(inputs)
 
     with staged(output, overwrite=overwrite) as directory:
-        # 2. The directory.
+        # 1. The directory.
         rewrite(source, directory, in_files, dtype=dtype)
         write_config(source, directory, result_dtype)
-        copy_companions(target, directory)
+        copy_companions(dressed, directory)
 
-        # 3. The proof, of what lies on the disk.
-        check_tensors(source, directory, in_files, dtype=dtype)
-        merged = BaseModel(output.name, path=directory, trust_remote_code=base.trust_remote_code)
-        tokenizer = load_tokenizer(merged) if has_tokenizer(directory) else None
-        all_prompts = proof.proof_prompts(tokenizer, template_kwargs(target), prompts)
-        exact, cast = _prove(loaded, base, merged, updates, all_prompts, result_dtype)
-        report = MergeReport(
-            max_abs_logit_difference=exact.max_abs_logit_difference,
-            max_abs_logit=exact.max_abs_logit,
-            top1_agreement=exact.top1_agreement,
-            cast=cast,
-            tensors_changed=len(in_files),
-            base_fingerprint=identity.fingerprint,
-            adapters=tuple(adapter.describe() for adapter in adapters),
-        )
+        # 2. The proof, of what lies on the disk.
+        changes = check_tensors(source, directory, in_files, dtype=dtype)
+        restored = None
+        if inputs.contents.adapters and not inputs.result.adapters:
+            restored = compare_with_base(inputs.contents, source, directory, inputs.original)
+        whole = modules = None
+        if proof == "full":
+            merged = BaseModel(output.name, path=directory, trust_remote_code=base.trust_remote_code)
+            tokenizer = load_tokenizer(merged) if has_tokenizer(directory) else None
+            all_prompts = proof_prompts(tokenizer, template_kwargs(dressed), prompts)
+            whole = prove_whole(inputs.loaded, base, merged, inputs.updates, all_prompts, result_dtype)
+        elif proof == "modules":
+            modules = prove_modules(inputs.loaded, inputs.updates, layout, source, directory)
+
+        # 3. The record, of a proof that failed too.
+        report = _report(inputs, directory, proof, changes, whole, modules, restored)
         (directory / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        proof.check_logits(exact)
+        if restored is not None:
+            check_restored(restored, inputs.contents.passes)
+        if whole is not None:
+            check_logits(whole.exact)
+        if modules is not None:
+            check_modules(modules)
     return report
 
 
-def _prove(
-    adapters: Sequence[LoadedAdapter],
-    base: BaseModel,
-    merged: BaseModel,
-    updates: Mapping[str, ComputeDelta],
-    prompts: Sequence[proof.Prompt],
-    dtype: torch.dtype,
-) -> tuple[proof.Comparison, Cast]:
-    """Adapted against merged, both float32; and what computing in `dtype` changes, beside the same for the base."""
-    model = load_weights(base, dtype=torch.float32)
-    base_logits = proof.compute_logits(model, prompts)
-    with applied(model, adapters):
-        adapted_logits = proof.compute_logits(model, prompts)
-    proof.fold(model, updates)
-    exact = proof.compare(adapted_logits, proof.compute_logits(model, prompts))
+def _read(adapters: Sequence[WeightedAdapter]) -> _Inputs:
+    base, identity = common_base(adapters)
+    contents = read_contents(base, identity)
+    result = contents.after(adapters, identity)
+    indirect = [one for one in adapters if check_base_of(one, read_identity(one.directory), contents, identity)]
+    check_subtracted([adapter for adapter in indirect if adapter.weight < 0], contents, result, identity)
+    loaded = [load_adapter(adapter, base) for adapter in adapters]
+    for adapter, own in zip(adapters, loaded, strict=True):
+        if adapter in indirect and own.depends_on_weight:
+            what = f"{adapter.directory} is a DoRA: what it adds depends on the weights of the base it was trained on"
+            raise UserError(what, how="merge into that base, or use it in place of the merged model")
+    original = find_original(contents.bases[0]) if contents.adapters and not result.adapters else None
+    return _Inputs(adapters, loaded, sum_updates(loaded), base, identity, contents, result, original)
 
-    served = load_weights(merged, dtype=dtype)
-    proof.check_loaded(model, served)
-    del model
-    cast = proof.compare(adapted_logits, proof.compute_logits(served, prompts))
-    del served
-    base_served = load_weights(base, dtype=dtype)
-    base_cast = proof.compare(base_logits, proof.compute_logits(base_served, prompts))
-    return exact, Cast(
-        dtype=str(dtype).removeprefix("torch."),
-        max_abs_logit_difference=cast.max_abs_logit_difference,
-        top1_agreement=cast.top1_agreement,
-        base_max_abs_logit_difference=base_cast.max_abs_logit_difference,
-        base_top1_agreement=base_cast.top1_agreement,
+
+def _companions(inputs: _Inputs) -> Target:
+    """Where tokenizer, template and generation config come from."""
+    added = next((adapter.target for adapter in inputs.adapters if adapter.weight > 0), None)
+    if added is not None:
+        return added
+    model = inputs.original or inputs.base
+    if has_tokenizer(local_directory(model, weights=False)):
+        return Target(model.name, model, None, None, None, None)
+    return inputs.adapters[0].target
+
+
+def _report(
+    inputs: _Inputs,
+    directory: Path,
+    proof: str,
+    changes: Changes,
+    whole: WholeProof | None,
+    modules: ModulesProof | None,
+    restored: Restored | None,
+) -> MergeReport:
+    return MergeReport(
+        proof=proof,
+        max_abs_logit_difference=whole.exact.max_abs_logit_difference if whole else None,
+        max_abs_logit=whole.exact.max_abs_logit if whole else None,
+        top1_agreement=whole.exact.top1_agreement if whole else None,
+        cast=whole.cast if whole else None,
+        modules=modules,
+        tensors_changed=len(changes.altered),
+        zero=changes.zero,
+        rounded_away=changes.rounded_away,
+        base_fingerprint=inputs.identity.fingerprint,
+        fingerprint=hash_files(weight_files(directory)),
+        adapters=tuple(adapter.describe() for adapter in inputs.adapters),
+        contents=inputs.result,
+        restored=restored,
     )

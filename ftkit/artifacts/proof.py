@@ -73,11 +73,13 @@ def compare(reference: Sequence[Tensor], other: Sequence[Tensor]) -> Comparison:
 
 @torch.no_grad()
 def fold(model: PreTrainedModel, deltas: Mapping[str, ComputeDelta]) -> None:
-    """Add the deltas to the weights of a float32 model in memory: the merged model before any rounding."""
+    """Add the deltas to the weights of a model in memory; a float32 one is the merged model before any rounding.
+
+    Sums are float32, rounded once to the precision of the weight.
+    """
     for name, delta in deltas.items():
         weight = model.get_parameter(name)
-        assert weight.dtype == torch.float32, name
-        weight.copy_(merged_weight(weight, delta))
+        weight.copy_(merged_weight(weight.float(), delta))
 
 
 def check_logits(comparison: Comparison) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ftkit.artifacts.inspection import choose
+from ftkit.artifacts.inspection import choose, split
 from ftkit.errors import UserError
 from ftkit.methods.files import read_identity
-from ftkit.methods.lora import LowRankDelta, SavedLora, read_saved
+from ftkit.methods.lora_saved import LowRankDelta, SavedLora, read_saved
 from ftkit.methods.spectrum import chance_similarity, decompose_product, directions, subspace_similarity
 
 
@@ -63,11 +63,16 @@ def compare_adapters(
     of_update = _began_with_the_base(one) or _began_with_the_base(other)
     modules = []
     for path in choose(common, names):
-        first, second = (_directions(saved.deltas[path], left=left, of_update=of_update) for saved in (one, other))
-        if len(first) != len(second):
-            what = f"{path} is {len(first)} wide in {labels[0]} and {len(second)} in {labels[1]}"
+        updates = [split(path, saved.deltas[path]) for saved in (one, other)]
+        if len(updates[0]) != len(updates[1]):
+            what = f"{path} has {len(updates[0])} experts in {labels[0]} and {len(updates[1])} in {labels[1]}"
             raise UserError(what, how="compare adapters of one model")
-        modules.append(ModuleSimilarity(path, len(first), subspace_similarity(first, second)))
+        for (name, first), (_, second) in zip(*updates, strict=True):
+            found = [_directions(update, left=left, of_update=of_update) for update in (first, second)]
+            if len(found[0]) != len(found[1]):
+                what = f"{name} is {len(found[0])} wide in {labels[0]} and {len(found[1])} in {labels[1]}"
+                raise UserError(what, how="compare adapters of one model")
+            modules.append(ModuleSimilarity(name, len(found[0]), subspace_similarity(*found)))
     notes = []
     fingerprints = [read_identity(directory).fingerprint for directory in directories]
     if None not in fingerprints and fingerprints[0] != fingerprints[1]:

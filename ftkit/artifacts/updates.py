@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ftkit.artifacts.adapters import WeightedAdapter
-from ftkit.errors import UserError
+from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods import lora
 from ftkit.methods.base import ComputeDelta, Replacement
 from ftkit.methods.files import LORA, read_adapter
+from ftkit.methods.lora_experts import LoraExperts, insert_experts, summed_factors
 from ftkit.models.load import BaseModel, load_config
 
 
@@ -28,6 +30,11 @@ class LoadedAdapter:
     """Path -> layer that computes base and adapter once it is lent the base's weight (`lend`)."""
     deltas: Mapping[str, ComputeDelta]
     """Name of a weight in the running model -> what merging at weight 1 adds to it."""
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether what it adds depends on the base's weights (DoRA); what replaces them does not."""
+        return any(delta.depends_on_weight for name, delta in self.deltas.items() if name not in self.replacements)
 
     @property
     def replacements(self) -> dict[str, Replacement]:
@@ -50,6 +57,11 @@ class Update:
 
     parts: tuple[Part, ...]
 
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether one of the parts does."""
+        return any(part.delta.depends_on_weight for part in self.parts)
+
     def __call__(self, weight: Tensor) -> Tensor:
         """The sum of the parts, in their order, each computed from the base's float32 weight."""
         first, *others = self.parts
@@ -64,11 +76,16 @@ def load_adapter(adapter: WeightedAdapter, base: BaseModel) -> LoadedAdapter:
 
     Raises:
         UserError: its files are damaged, or do not fit the base.
+        CheckFailedError: one of its tensors would be left out.
     """
     skeleton = build_skeleton(base)
     section = lora.load(skeleton, adapter.directory)
     _, state = read_adapter(adapter.directory, peft_type=LORA)
     deltas = dict(lora.deltas(skeleton, state, section))
+    named = lora.named_weights(skeleton, state, section)
+    if lost := [key for key in state if named[key] not in deltas]:
+        what = f"{lost[0]} of {adapter.directory} would go into no weight of the base"
+        raise CheckFailedError(what, how="use the adapter without merging, and report this")
     paths = [path_of(name) for name, delta in deltas.items() if not isinstance(delta, Replacement)]
     layers = {path: skeleton.get_submodule(path).eval() for path in paths}
     return LoadedAdapter(adapter.target.label, adapter.weight, layers, deltas)
@@ -88,14 +105,19 @@ def sum_updates(adapters: Sequence[LoadedAdapter]) -> dict[str, ComputeDelta]:
 
 
 def _update(name: str, parts: Sequence[Part]) -> ComputeDelta:
-    replacing = next((part for part in parts if isinstance(part.delta, Replacement)), None)
-    if replacing is None:
+    """Raises a UserError where a weight that trained in full would have to be scaled, added to or taken off."""
+    replacing = [part for part in parts if isinstance(part.delta, Replacement)]
+    if not replacing:
         return Update(tuple(parts))
-    if len(parts) > 1 or replacing.weight != 1.0:
-        # The tuned weight takes the place of the base's: there is nothing that could be added up.
-        what = f"{replacing.adapter} trained {path_of(name)} in full (modules_to_save)"
-        raise UserError(what, how="merge it at weight 1, and with adapters that leave this module alone")
-    return replacing.delta
+    # One takes the place of the base's weight, and of what others that are subtracted had put there.
+    placed = [part for part in replacing if part.weight == 1.0]
+    others = [part for part in parts if part not in placed]
+    if len(placed) == 1 and all(part in replacing and part.weight == -1.0 for part in others):
+        return placed[0].delta
+    what = f"{replacing[0].adapter} trained {path_of(name)} in full (modules_to_save)"
+    if replacing[0].weight < 0 and len(parts) == 1:
+        raise UserError(f"{what}: what it replaced is gone", how="use the base that it was merged into")
+    raise UserError(what, how="merge it at weight 1, and with adapters that leave this module alone")
 
 
 def build_skeleton(base: BaseModel) -> PreTrainedModel:
@@ -127,9 +149,12 @@ def applied(model: PreTrainedModel, adapters: Sequence[LoadedAdapter]) -> Iterat
                 stack.enter_context(_replaced(model, name, replacement.tuned))
         for path, weighted in by_path.items():
             module = model.get_submodule(path)
-            for _, layer in weighted:
-                stack.enter_context(lend(layer, module.get_parameter("weight"), getattr(module, "bias", None)))
-            handle = module.register_forward_hook(_adding(weighted))
+            experts = [(weight, layer) for weight, layer in weighted if isinstance(layer, LoraExperts)]
+            if not experts:
+                for _, layer in weighted:
+                    stack.enter_context(lend(layer, module.get_parameter("weight"), getattr(module, "bias", None)))
+            hook = _computing(module, experts) if experts else _adding(weighted)
+            handle = module.register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 
@@ -157,6 +182,17 @@ def _replaced(model: nn.Module, name: str, tuned: Tensor) -> Iterator[None]:
         module.register_parameter(own_name, own)
 
 
+def sum_layers(weighted: Sequence[tuple[float, nn.Module]], inputs: tuple[Any, ...], base: Tensor) -> Tensor:
+    """What adapters add to the output of a layer.
+
+    Args:
+        weighted: weight and layer of each adapter, the layers lent the base's weight.
+        base: what the layer computes without adapters, which is part of what each of theirs computes.
+    """
+    total: Tensor = sum(weight * (layer(*inputs) - base) for weight, layer in weighted)
+    return total
+
+
 def path_of(weight_name: str) -> str:
     """Path of the layer that a weight belongs to."""
     return weight_name.rpartition(".")[0]
@@ -169,7 +205,18 @@ def _set_weights(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | No
 
 def _adding(weighted: Sequence[tuple[float, nn.Module]]) -> Callable[..., Tensor]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        # `output` is the base's part of what each layer computes.
-        return output + sum(weight * (layer(*inputs) - output) for weight, layer in weighted)
+        return output + sum_layers(weighted, inputs, output)
+
+    return hook
+
+
+def _computing(module: nn.Module, experts: Sequence[tuple[float, LoraExperts]]) -> Callable[..., Tensor]:
+    """A hook that gives what a module of experts computes with the updates of several adapters."""
+    adapted = deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
+    adapted = insert_experts(adapted, summed_factors(experts))
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        result: Tensor = adapted(*inputs)
+        return result
 
     return hook

@@ -1,72 +1,21 @@
-"""The weights in a model's safetensors files: read one at a time, or rewritten file by file, changed by name."""
+"""Rewriting the safetensors files of a model, one tensor in memory at a time: some changed by name, others copied."""
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ftkit.artifacts.shards import transform_file
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods.base import ComputeDelta, merged_weight
 from ftkit.models.files import INDEX_NAME, read_json, weight_files
-
-
-class StoredWeights(Mapping[str, Tensor]):
-    """Name -> tensor of a model directory; each is read from its file when it is asked for, and kept nowhere."""
-
-    def __init__(self, directory: Path) -> None:
-        """Read the names.
-
-        Raises:
-            UserError: weight files are missing or damaged.
-        """
-        self._files: dict[str, Path] = {}
-        for path in weight_files(directory):
-            try:
-                self._files |= dict.fromkeys(_names(path), path)
-            except SafetensorError as error:
-                raise UserError(f"is damaged ({error})", how="copy or download it again", where=str(path)) from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def names_in_files(source: Path, names: Mapping[str, ComputeDelta], *, prefix: str) -> dict[str, ComputeDelta]:
-    """The deltas under the names that their weights have in the files of `source`.
-
-    Args:
-        names: name in the running model -> delta.
-        prefix: the model's `base_model_prefix`, which some files leave out (GPT-2: `h.0...` for `transformer.h.0...`).
-
-    Raises:
-        CheckFailedError: a weight is in no file; it would stay unmerged in silence.
-    """
-    stored = StoredWeights(source)
-    found: dict[str, ComputeDelta] = {}
-    for name, delta in names.items():
-        candidates = (name, name.removeprefix(f"{prefix}."))
-        found |= {candidate: delta for candidate in candidates if candidate in stored}
-    # A tied weight has several names with the same delta, of which files may hold one or all.
-    in_files = set(found.values())
-    for name, delta in names.items():
-        if delta not in in_files:
-            raise CheckFailedError(
-                f"{name} is adapted, but no weight file of {source} holds it under this name",
-                how="save the base anew with transformers' save_pretrained, or use the adapter without merging",
-            )
-    return found
 
 
 def rewrite(
@@ -80,11 +29,13 @@ def rewrite(
     Args:
         dtype: precision of every floating-point weight in `target`; None keeps each one's own.
     """
-    total_size = 0
-    for path in weight_files(source):
-        tensors = {name: rewritten(tensor, deltas.get(name), dtype) for name, tensor in _tensors(path)}
-        total_size += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, target / path.name, metadata={"format": "pt"})
+
+    def rewrite_one(name: str, tensor: Tensor) -> Tensor:
+        return rewritten(tensor, deltas.get(name), dtype)
+
+    total_size = sum(
+        transform_file(path, target / path.name, rewrite_one, dtype=dtype) for path in weight_files(source)
+    )
     if len(weight_files(source)) > 1:
         index = read_json(source / INDEX_NAME)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
@@ -106,29 +57,50 @@ def rewritten(weight: Tensor, delta: ComputeDelta | None, dtype: torch.dtype | N
     return merged_weight(weight.float(), delta).to(dtype).contiguous()
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What a merge did to the weights that its adapters name; names in the files."""
+
+    altered: tuple[str, ...]
+    zero: tuple[str, ...]
+    """Unchanged, since nothing was added: B is still zero, or two adapters cancel out."""
+    rounded_away: tuple[str, ...]
+    """Unchanged, since what was added is less than half a step of the stored precision everywhere."""
+
+
 def check_tensors(
     source: Path, target: Path, deltas: Mapping[str, ComputeDelta], *, dtype: torch.dtype | None = None
-) -> None:
+) -> Changes:
     """Read both directories from disk and compare them bit for bit with what `rewrite` promises.
 
     Raises:
         CheckFailedError: a tensor is missing, added, different or not finite; the first few are named.
     """
     wrong: list[str] = []
+    altered: list[str] = []
+    zero: list[str] = []
+    rounded_away: list[str] = []
     for before, after in zip(weight_files(source), weight_files(target), strict=True):
         if set(_names(before)) != set(_names(after)):
             wrong.append(f"the tensors of {after.name} are not those of the base")
             continue
         with safe_open(after, framework="pt") as written:
             for name, tensor in _tensors(before):
-                merged = written.get_tensor(name)
-                if not same_bits(merged, rewritten(tensor, deltas.get(name), dtype)):
+                merged, delta = written.get_tensor(name), deltas.get(name)
+                if not same_bits(merged, rewritten(tensor, delta, dtype)):
                     wrong.append(f"{name} is not cast(W + s BA)" if name in deltas else f"{name} was altered")
-                elif name in deltas and not merged.isfinite().all():
+                elif delta is None:
+                    continue
+                elif not merged.isfinite().all():
                     wrong.append(f"{name} is not finite in {merged.dtype}")
+                elif not torch.equal(merged, rewritten(tensor, None, dtype)):
+                    altered.append(name)
+                else:
+                    (rounded_away if delta(tensor.float()).any() else zero).append(name)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckFailedError(f"the merged files are wrong: {', '.join(wrong[:3])}{more}", how="merge again")
+    return Changes(tuple(altered), tuple(zero), tuple(rounded_away))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -136,6 +108,46 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+class TensorFiles:
+    """The tensors of a model's files by name, each mapped, not read, until it is used. A context manager."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the files.
+
+        Raises:
+            UserError: some are missing or damaged.
+        """
+        self._opened = ExitStack()
+        self._files: dict[str, Any] = {}
+        for path in weight_files(directory):
+            try:
+                file = self._opened.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                self._opened.close()
+                raise UserError(f"is damaged ({error})", how="copy or download it again", where=str(path)) from None
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the files."""
+        return list(self._files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor that is not read."""
+        shape: list[int] = self._files[name].get_slice(name).get_shape()
+        return shape
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._opened.close()
 
 
 def _names(path: Path) -> list[str]:

@@ -68,7 +68,8 @@ def _preview(
     prepared = prepare(loaded, console, offline=offline, trust_remote_code=trust_remote_code, begins=False)
     names = prepared.plan.dataset_names
     if dataset is not None and dataset not in names:
-        raise UserError(f"there is no data set {dataset}", how=f"choose one of {', '.join(names)}")
+        how = f"choose one of {', '.join(names)}; no other is trained on"
+        raise UserError(f"the run trains on no data set {dataset}", how=how)
     shown = [name for name in names if dataset in (None, name)]
 
     # 2. What was left out, or what each data set looks like.
@@ -84,20 +85,22 @@ def _preview(
     _print_lengths(prepared, shown, console)
 
     # 3. Examples, trained tokens in colour.
-    found = list(_examples(prepared, shown, row, EXAMPLES_SHOWN if limit is None else limit))
-    if not found and row is not None:
-        raise UserError(f"no example comes from row {row}", how="see --dropped, or choose another --row")
-    for example in found:
+    for example in _examples(prepared, shown, row, EXAMPLES_SHOWN if limit is None else limit):
         _print_example(example, prepared, console)
 
 
 def _examples(prepared: "Prepared", names: list[str], row: int | None, limit: int | None) -> Iterator["EncodedExample"]:
-    """Examples in the order in which training draws them, each form of a row once."""
+    """Examples in the order in which training draws them, each form of a row once.
+
+    Raises:
+        UserError: none of them is of row `row`.
+    """
     import numpy as np
 
     plan = prepared.plan
     _, first = np.unique(plan.steps.order, return_index=True)
     left = {plan.dataset_names.index(name): limit for name in names}
+    found = False
     for index in plan.steps.order[np.sort(first)].tolist():
         number = int(plan.examples.dataset[index])
         if number not in left or left[number] == 0:
@@ -105,9 +108,13 @@ def _examples(prepared: "Prepared", names: list[str], row: int | None, limit: in
         example = plan.examples[index]
         if row is not None and example.row != row:
             continue
+        found = True
         yield example
         wanted = left[number]
         left[number] = None if wanted is None else wanted - 1
+    if row is not None and not found:
+        what = f"the run draws no example from row {row}"
+        raise UserError(what, how="choose another --row, see --dropped, or raise training.max_steps")
 
 
 def _as_json(encoded: "EncodedExample", prepared: "Prepared") -> dict[str, object]:

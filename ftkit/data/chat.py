@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -13,10 +12,9 @@ from ftkit.data.direct_rendering import DirectRenderer
 from ftkit.data.end_of_turn import ANSWERS, QUESTION, EndOfTurn, TurnKind, find_end_of_turn
 from ftkit.data.frames import Frames
 from ftkit.data.shadow import find_lost_text, template_constants
-from ftkit.data.template_texts import BUILT_IN, PLAIN, pin_date
+from ftkit.data.template_texts import pin_date
 from ftkit.data.types import Message
 from ftkit.errors import UserError
-from ftkit.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,14 +29,14 @@ MOST_VARIANTS = 64
 """Of a template with keywords of rows, kept at a time."""
 
 OTHER_TEMPLATE = "choose another template with model.chat_template (a file, chatml or plain)"
+TEMPLATE_WITH_TOOLS = (
+    "name a file with a template for tools in model.chat_template, e.g. that of Qwen 2.5 for ChatML tokens"
+)
 
 # Arguments that `apply_chat_template` keeps for itself.
 _RESERVED = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"}
 _RESERVED |= {"continue_final_message", "return_dict", "return_tensors", "padding", "truncation", "max_length"}
 _RESERVED |= {"return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"}
-
-# What looks like a control token: <|im_end|>, <turn|>, <|turn>, <｜User｜>, <start_of_turn>.
-_CONTROL_TOKEN = re.compile(r"<[|｜][^<>\s]{1,40}>|<[^<>|｜\s]{1,40}[|｜]>|<(?:start|end)_of_\w+>")
 
 
 class ChatTemplate:
@@ -176,7 +174,8 @@ class ChatTemplate:
                 )
             except ValueError as error:
                 what = f"the chat template cannot be trained on: {error}"
-                raise UserError(what, how=OTHER_TEMPLATE, where=where or None) from None
+                how = TEMPLATE_WITH_TOOLS if kind == "tool_call" else OTHER_TEMPLATE
+                raise UserError(what, how=how, where=where or None) from None
         return self._ends[key]
 
     def check_text(
@@ -209,6 +208,26 @@ class ChatTemplate:
         lost = find_lost_text(render, messages, needed, rendered, constants)
         if lost is not None:
             raise UserError(f"the chat template {lost}", how=f"take it out, or {OTHER_TEMPLATE}", where=where or None)
+
+    def check_tools(self, tools: Tools, *, where: str = "") -> None:
+        """Check that the template prints tools at all: a model never learns from a row what it may call otherwise.
+
+        Raises:
+            UserError: there are tools, and it prints none; names `where`.
+        """
+        if tools and not self._prints_tools:
+            what = "the chat template does not print the tools of a conversation"
+            raise UserError(what, how=f"take them out, or {TEMPLATE_WITH_TOOLS}", where=where or None)
+
+    @cached_property
+    def _prints_tools(self) -> bool:
+        name = "probe_7b02d5"
+        parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "a text"}}}
+        function = {"name": name, "description": "a probe", "parameters": parameters}
+        try:
+            return name in self.render([QUESTION], [{"type": "function", "function": function}])
+        except UserError:  # Reported when a conversation with tools is rendered.
+            return True
 
     def check_system(self, text: str) -> None:
         """Check that the template prints a system message of this text.
@@ -270,71 +289,3 @@ class ChatTemplate:
 
     def _name_for(self, tools: Tools) -> str:
         return "tool_use" if tools and "tool_use" in self._pinned else "default"
-
-
-def chat_template_for(
-    tokenizer: "PreTrainedTokenizerBase", section: ModelSection, base: Path, kwargs: Mapping[str, Any]
-) -> ChatTemplate:
-    """The recipe's chat template, else the tokenizer's own, else a plain one that ends in the tokenizer's EOS.
-
-    Args:
-        tokenizer: of the base model.
-        section: the recipe's model section.
-        base: directory of the recipe, which a template file is relative to.
-        kwargs: `data.chat_template_kwargs`.
-
-    Raises:
-        UserError: the file is missing; the template needs tokens that the tokenizer lacks; there is no EOS.
-    """
-    if section.chat_template is not None:
-        template = ChatTemplate(tokenizer, _read(section.chat_template, base, tokenizer), kwargs)
-        _check_tokens(template, tokenizer)
-        return template
-    if tokenizer.chat_template:
-        return ChatTemplate(tokenizer, tokenizer.chat_template, kwargs)
-    return ChatTemplate(
-        tokenizer,
-        _plain(tokenizer),
-        kwargs,
-        warning=f"the base model has no chat template: it gets a plain one whose answers end in {tokenizer.eos_token}, "
-        "saved with the tuned model (model.chat_template chooses another)",
-    )
-
-
-def _read(name: str, base: Path, tokenizer: "PreTrainedTokenizerBase") -> str:
-    path = base / Path(name).expanduser()
-    key = ("model", "chat_template")
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}", how="give a readable UTF-8 file", key=key) from None
-    if name not in BUILT_IN:
-        how = f"give a Jinja file or one of {', '.join(BUILT_IN)}"
-        raise UserError(f"no such file: {path.absolute()}, and no built-in template {name}", how=how, key=key)
-    return _plain(tokenizer) if name == "plain" else BUILT_IN[name]
-
-
-def _plain(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """`PLAIN`, with BOS where the tokenizer begins a text with it: a chat's text is encoded without adding any."""
-    if tokenizer.eos_token is None:
-        raise UserError(
-            "the tokenizer has neither a chat template nor an EOS token",
-            how="give a template file whose answers end in a special token of the tokenizer",
-            key=("model", "chat_template"),
-        )
-    begins_with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    return "{{ bos_token }}" + PLAIN if begins_with_bos else PLAIN
-
-
-def _check_tokens(template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a template whose control tokens the tokenizer would take apart into pieces of text."""
-    probe = [QUESTION, {"role": "assistant", "content": "answer"}]
-    rendered = template.render(probe) + template.render(probe[:1], generation_prompt=True)
-    tokens = dict.fromkeys(_CONTROL_TOKEN.findall(rendered))
-    if lacking := [token for token in tokens if len(tokenizer(token, add_special_tokens=False).input_ids) != 1]:
-        raise UserError(
-            f"the chat template needs tokens that the tokenizer lacks: {', '.join(lacking)}",
-            how="leave the key out, or give a template made of the tokenizer's own special tokens, e.g. plain",
-            key=("model", "chat_template"),
-        )

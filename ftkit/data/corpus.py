@@ -1,9 +1,10 @@
 """One data set of the recipe: its rows read once into a file of documents, and which of them are used."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,15 @@ import pyarrow as pa
 from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.duplicates import content_key
 from ftkit.data.mixture import choose_subset
-from ftkit.data.phrasings import PhrasingSet, find_phrasings
-from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
+from ftkit.data.phrasings import PhrasingSet, find_phrasings, library_clusters
+from ftkit.data.problems import Problems, RowError
+from ftkit.data.processes import MIN_PARALLEL, work
 from ftkit.data.readers import BadRecord
 from ftkit.data.row_parser import RowParser
 from ftkit.data.sources import find_source, no_rows
 from ftkit.data.store import BATCH, ROW_SCHEMA, ROWS, RowStore, read_facts, write_facts, write_table
 from ftkit.data.task_rows import SkippedRow
-from ftkit.data.types import Row, TaskRecord, content_to_json
+from ftkit.data.types import Row, RowContent, TaskRecord, content_to_json
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.schema import DataSection, DatasetSection
 
@@ -99,6 +101,29 @@ def load_corpus(
     return Corpus(name, key, section, store, chosen, phrasings, facts["rows_read"], dropped)
 
 
+def check_clusters(data: DataSection, train: Sequence[Corpus]) -> None:
+    """Check that every cluster that the recipe names exists, in a data set of it or in the library.
+
+    A misspelt name in `exclude_clusters` would leave a held-out task in the training data.
+
+    Raises:
+        UserError: one does not; all that do are named.
+    """
+    known = {str(cluster) for corpus in train for cluster in set(corpus.store.column("cluster"))} - {""}
+    named: list[tuple[KeyPath, str]] = []
+    sections: list[tuple[KeyPath, DataSection | DatasetSection]] = [(("data",), data)]
+    sections += [(corpus.key, corpus.section) for corpus in train]
+    for key, section in sections:
+        for option, names in (("clusters", section.clusters), ("exclude_clusters", section.exclude_clusters)):
+            named += [((*key, option), name) for name in names]
+    unknown = [(key, name) for key, name in named if name not in known | library_clusters()]
+    if unknown:
+        how = f"name one of {', '.join(sorted(known))}" if known else "no row has a cluster; leave it out"
+        raise UserError.of(
+            [Problem(f"there is no cluster {name} in data.train", how, key=key) for key, name in unknown]
+        )
+
+
 def _entry_key(section: DatasetSection, data: DataSection, digest: str, phrasings: PhrasingSet | None) -> str:
     read_by = section.model_dump(include={"format", "columns", "roles", "template", "labels", "cluster"})
     return digest_of("rows", code_version(), digest, read_by, phrasings and phrasings.as_json(), data.on_bad_row)
@@ -142,14 +167,63 @@ def _write_rows(
             reading.note(found)
         reading.finish(section)
         raise no_rows(section, key)
-    parser = RowParser(sample, section, key=key, base=base)
-    rows = reading.contents(chain(first, stream), parser, lambda done: progress(f"reading {name}", done, 0))
-    write_table(directory / ROWS, ROW_SCHEMA, _in_batches(rows, parser))
+    worker = _RowReader(RowParser(sample, section, key=key, base=base))
+    parts = _in_parts(chain(first, stream))
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for read in work(worker, parts, here=MIN_PARALLEL // BATCH):
+            reading.add(read)
+            if reading.kept >= BATCH:
+                progress(f"reading {name}", reading.kept, 0)
+            yield read.rows
+
+    write_table(directory / ROWS, ROW_SCHEMA, batches())
     reading.finish(section)
     if reading.kept == 0:
         reasons = "; ".join(f"{len(ids)}: {reason}" for reason, ids in reading.dropped.items())
         raise UserError(f"{section.path} has no row that can be used ({reasons})", key=(*key, "path"))
     write_facts(directory, {"rows_read": reading.rows_read, "dropped": reading.dropped})
+
+
+@dataclass
+class _Read:
+    """What became of some records."""
+
+    rows: pa.RecordBatch
+    records: int
+    problems: list[tuple[int | None, Problem]]
+    """Row ids, and what is wrong with these rows; None: a file cannot be read on."""
+    skipped: list[tuple[int, str]]
+    """Row ids, and why they are left out."""
+
+
+class _RowReader:
+    """Reads the rows of a part of the stream."""
+
+    def __init__(self, parser: RowParser) -> None:
+        self._parser = parser
+
+    def __call__(self, part: tuple[int, list[Found]]) -> _Read:
+        index, found_rows = part
+        rows: list[tuple[Row, RowContent]] = []
+        problems: list[tuple[int | None, Problem]] = []
+        skipped: list[tuple[int, str]] = []
+        records = 0
+        for found in found_rows:
+            if isinstance(found, Problem):
+                problems.append((None, found))
+                continue
+            if isinstance(found, BadRecord):
+                problems.append((index + records, found.problem))
+            else:
+                try:
+                    rows.append((found, self._parser.parse(found)))
+                except RowError as error:
+                    problems.append((found.index, Problem(error.what, error.how, found.where)))
+                except SkippedRow as reason:
+                    skipped.append((found.index, str(reason)))
+            records += 1
+        return _Read(_to_batch(rows, self._parser), records, problems, skipped)
 
 
 class _Reading:
@@ -159,30 +233,19 @@ class _Reading:
         self.rows_read = self.kept = 0
         self.dropped: dict[str, list[int]] = {}
         self._skip_bad = skip_bad
-        self._problems: list[Problem] = []
-        self._num_problems = 0
+        self._problems = Problems()
 
-    def contents(
-        self, found_rows: Iterator[Found], parser: RowParser, progress: Callable[[int], None]
-    ) -> Iterator[tuple[Row, bytes, bytes, bool]]:
-        """Row, its content as JSON, its key, whether it has a rationale; of every row that can be used."""
-        for found in found_rows:
-            self.note(found)
-            if not isinstance(found, Row):
-                continue
-            try:
-                content = parser.parse(found)
-            except RowError as error:
-                self._bad(Problem(error.what, error.how, found.where), found.index)
-                continue
-            except SkippedRow as reason:
-                self.dropped.setdefault(str(reason), []).append(found.index)
-                continue
-            self.kept += 1
-            if self.kept % BATCH == 0:
-                progress(self.kept)
-            has_rationale = isinstance(content, TaskRecord) and content.rationale is not None
-            yield found, content_to_json(content), content_key(content), has_rationale
+    def add(self, read: _Read) -> None:
+        """Take over what is known of the next part."""
+        self.rows_read += read.records
+        self.kept += read.rows.num_rows
+        for row, problem in read.problems:
+            if row is None:
+                self._problems.add(problem)
+            else:
+                self._bad(problem, row)
+        for row, reason in read.skipped:
+            self.dropped.setdefault(reason, []).append(row)
 
     def note(self, found: Found) -> None:
         """Count what was read; a file that cannot be read on is an error in any case."""
@@ -190,35 +253,36 @@ class _Reading:
         if isinstance(found, BadRecord):
             self._bad(found.problem, self.rows_read - 1)
         elif isinstance(found, Problem):
-            self._report(found)
+            self._problems.add(found)
 
     def finish(self, section: DatasetSection) -> None:
         """Raise all that was wrong."""
-        if self._num_problems:
-            raise problems_error(self._problems, of=section.path, total=self._num_problems)
+        self._problems.raise_any(of=section.path)
 
     def _bad(self, problem: Problem, row: int) -> None:
         if self._skip_bad:
             self.dropped.setdefault(UNREADABLE, []).append(row)
         else:
-            self._report(problem)
-
-    def _report(self, problem: Problem) -> None:
-        self._num_problems += 1
-        if len(self._problems) < MAX_SHOWN:
-            self._problems.append(problem)
+            self._problems.add(problem)
 
 
-def _in_batches(rows: Iterator[tuple[Row, bytes, bytes, bool]], parser: RowParser) -> Iterator[pa.RecordBatch]:
+def _in_parts(stream: Iterator[Found]) -> Iterator[tuple[int, list[Found]]]:
+    """The stream in parts, each with the number of records before it."""
+    records = 0
+    while part := list(islice(stream, BATCH)):
+        yield records, part
+        records += sum(not isinstance(found, Problem) for found in part)
+
+
+def _to_batch(rows: Sequence[tuple[Row, RowContent]], parser: RowParser) -> pa.RecordBatch:
     own = parser.dataset.cluster or (parser.phrasings.section.cluster if parser.phrasings is not None else None)
-    while batch := list(islice(rows, BATCH)):
-        columns = [
-            [content for _, content, _, _ in batch],
-            [row.where for row, _, _, _ in batch],
-            [own or str(row.fields.get("cluster") or "") for row, _, _, _ in batch],
-            [row.index for row, _, _, _ in batch],
-            [key for _, _, key, _ in batch],
-            [has_rationale for _, _, _, has_rationale in batch],
-        ]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
-        yield pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)
+    columns: list[list[Any]] = [
+        [content_to_json(content) for _, content in rows],
+        [row.where for row, _ in rows],
+        [own or str(row.fields.get("cluster") or "") for row, _ in rows],
+        [row.index for row, _ in rows],
+        [content_key(content) for _, content in rows],
+        [isinstance(content, TaskRecord) and content.rationale is not None for _, content in rows],
+    ]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=ROW_SCHEMA)

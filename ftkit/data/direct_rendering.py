@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ftkit.data.straight_templates import MOST_MESSAGES, Frame, fill, find_frame, is_straight, probe, special_tokens_of
+
 _PLAIN = {"role", "content"}
 _MOST_SHAPES = 4096
 """Sequences of roles that are remembered at a time."""
@@ -18,6 +20,9 @@ class DirectRenderer:
     variables of equal types, so that it cannot tell the two ways apart, whatever it does with the text. That a future
     transformers still works so is not assumed: the first conversation of every sequence of roles is rendered both ways,
     and after a difference none is rendered here.
+
+    A template that never looks at the texts is not even rendered: what it prints around those of a sequence of roles is
+    kept (`straight_templates.py`), under the same check.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> None:
@@ -27,6 +32,7 @@ class DirectRenderer:
         method = getattr(tokenizer.apply_chat_template, "__func__", None)
         self._usable = method is PreTrainedTokenizerBase.apply_chat_template and _is_plain_data(self._kwargs)
         self._compared: set[tuple[Any, ...]] = set()
+        self._frames: dict[tuple[Any, ...], Frame] = {}
 
     def render(
         self,
@@ -46,19 +52,33 @@ class DirectRenderer:
         """
         if not self._usable or not messages or not all(_is_plain(message) for message in messages):
             return reference()
+        shape = (template, generation_prompt, *[message["role"] for message in messages])
         try:
-            rendered = self._render(template, messages, generation_prompt)
+            rendered = self._fill(shape, messages) or self._render(template, messages, generation_prompt)
         except Exception:  # A template is foreign code. Whatever it raises, the reference words the error.
             return reference()
-        shape = (template, generation_prompt, *[message["role"] for message in messages])
         if shape not in self._compared:
             expected = reference()
             self._usable = rendered == expected
             if len(self._compared) >= _MOST_SHAPES:
                 self._compared.clear()
+                self._frames.clear()
             self._compared.add(shape)
             return expected
         return rendered
+
+    def _fill(self, shape: tuple[Any, ...], messages: Sequence[dict[str, Any]]) -> str | None:
+        """The texts in the frame of such messages; None where the template, or a text, is not made for it."""
+        template, generation_prompt, *_ = shape
+        if not is_straight(template) or not all(message["content"].strip() for message in messages):
+            return None
+        special_tokens = [getattr(self._tokenizer, name, None) for name in special_tokens_of(template)]
+        shape = (*shape, *special_tokens)
+        if shape not in self._frames:
+            if len(messages) > MOST_MESSAGES:
+                return None
+            self._frames[shape] = find_frame(self._render(template, probe(messages), generation_prompt))
+        return fill(self._frames[shape], messages)
 
     def _render(self, template: str, messages: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
         # Transformers has no public name for it. Where it is gone, the caller's reference is left.

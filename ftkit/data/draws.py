@@ -12,7 +12,7 @@ from ftkit.data.encoding import Encoded, encode_jobs
 from ftkit.data.mixture import Source, draw_epoch, random_generator
 from ftkit.data.split import Split
 from ftkit.data.steps import Steps
-from ftkit.data.variants import JOB, choose_variants, plain_jobs
+from ftkit.data.variants import choose_variants, job_type, most_shots, plain_jobs
 from ftkit.errors import UserError
 from ftkit.recipe.schema import Recipe
 
@@ -60,8 +60,8 @@ def draw_run(recipe: Recipe, train: Sequence[Corpus], split: Split, encoder: Enc
     while True:
         epochs, exhausted = _draw_epochs(recipe, train, split, rows)
         # Without `dtype`, numpy would turn the numbers round, and jobs sorted as bytes would lie all over the store.
-        flat = np.concatenate([epoch.jobs for epoch in epochs], dtype=JOB)
-        as_bytes = flat.view(np.dtype((np.void, JOB.itemsize)))
+        flat = np.concatenate([epoch.jobs for epoch in epochs], dtype=epochs[0].jobs.dtype)
+        as_bytes = flat.view(np.dtype((np.void, flat.dtype.itemsize)))
         _, first, inverse = np.unique(as_bytes, return_index=True, return_inverse=True)
         jobs = flat[first]
         encoded = encode_jobs(jobs, train, encoder, progress=progress)
@@ -87,6 +87,7 @@ def _draw_epochs(
         Source(corpus.name, len(places), corpus.section.weight, corpus.section.repeat)
         for corpus, places in zip(train, split.trained, strict=True)
     ]
+    shots = most_shots(corpus.section for corpus in train if corpus.phrasings is not None)
     drawn = [0] * len(sources)
     epochs: list[_Epoch] = []
     count = 0
@@ -97,22 +98,22 @@ def _draw_epochs(
             if not epochs:
                 raise UserError("the mixture draws no row", how="raise epoch_size", key=("data", "mixing"))
             return epochs, True
-        jobs = np.empty(len(draws.dataset), JOB)
+        jobs = np.empty(len(draws.dataset), job_type(shots))
         for index, (corpus, places) in enumerate(zip(train, split.trained, strict=True)):
             mine = np.flatnonzero(draws.dataset == index)
             drawn[index] += len(mine)
             positions = corpus.chosen[places]
-            jobs[mine] = _jobs_of(recipe, index, corpus, positions[draws.position[mine]], positions, epoch)
+            jobs[mine] = _jobs_of(recipe, index, corpus, positions[draws.position[mine]], positions, shots, epoch)
         epochs.append(_Epoch(jobs if max_rows is None else jobs[: max_rows - count], len(jobs)))
         count += len(epochs[-1].jobs)
     return epochs, False
 
 
 def _jobs_of(
-    recipe: Recipe, index: int, corpus: Corpus, positions: np.ndarray, pool: np.ndarray, epoch: int
+    recipe: Recipe, index: int, corpus: Corpus, positions: np.ndarray, pool: np.ndarray, shots: int, epoch: int
 ) -> np.ndarray:
     if corpus.phrasings is None:
-        return plain_jobs(index, positions)
+        return plain_jobs(index, positions, shots)
     return choose_variants(
         index,
         positions,
@@ -120,6 +121,7 @@ def _jobs_of(
         corpus.section,
         corpus.store.column("has_rationale").astype(bool)[positions],
         pool,
+        shots=shots,
         name=corpus.name,
         epoch=epoch,
         seed=recipe.seed,

@@ -235,7 +235,7 @@ class Encoder:
         )
         if self.system_prompt is not None and all(message.role != "system" for message in messages):
             messages = (Message("system", self.system_prompt), *messages)
-        return replace(conversation, messages=messages)
+        return conversation if messages == conversation.messages else replace(conversation, messages=messages)
 
     def _has_thoughts(self, conversation: Conversation, turns: Sequence[int]) -> bool:
         if any(has_thoughts(conversation.messages[turn]) for turn in turns):

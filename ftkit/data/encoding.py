@@ -1,12 +1,8 @@
 """Encodes a run's rows into a file of examples: in parallel, and only what has not been encoded before."""
 
-import gc
 import hashlib
-import multiprocessing
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,8 @@ from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.corpus import Corpus, Progress
 from ftkit.data.encode import Encoder, EncodeResult
 from ftkit.data.encode_many import Found, encode_many
-from ftkit.data.problems import MAX_SHOWN, RowError, problems_error
+from ftkit.data.problems import Problems, RowError
+from ftkit.data.processes import MIN_PARALLEL, work
 from ftkit.data.store import (
     EXAMPLE_SCHEMA,
     EXAMPLES,
@@ -33,8 +30,6 @@ from ftkit.errors import Problem, UserError
 
 CHUNK = 512
 """Jobs that a process encodes at once."""
-MIN_PARALLEL = 20_000
-"""Fewer jobs are encoded here: other processes would take longer to start."""
 JOBS = "jobs.npz"
 
 
@@ -86,7 +81,7 @@ def encode_jobs(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *
 class _Chunk:
     """Some jobs, encoded."""
 
-    columns: ExampleColumns = field(default_factory=ExampleColumns)
+    examples: pa.RecordBatch | None = None
     counts: list[int] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     uncut: list[int] = field(default_factory=list)
@@ -95,16 +90,22 @@ class _Chunk:
 
 
 class _ChunkEncoder:
-    """Encodes chunks; lives in each process."""
+    """Encodes chunks."""
 
     def __init__(self, corpora: Sequence[Corpus], encoder: Encoder) -> None:
         self._corpora, self._encoder = corpora, encoder
         self._indices = [corpus.store.column("index") for corpus in corpora]
 
-    def encode(self, jobs: np.ndarray) -> _Chunk:
-        chunk = _Chunk()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process reads the columns from the file.
+        return type(self), (self._corpora, self._encoder)
+
+    def __call__(self, jobs: np.ndarray) -> _Chunk:
+        chunk, columns = _Chunk(), ExampleColumns()
         for job, result in zip(jobs, encode_many(self._encoder, map(self._document, jobs)), strict=True):
-            self._note(job, result, chunk)
+            self._note(job, result, chunk, columns)
+        # Made here, in one of many processes: a batch goes to the process that writes it as it is.
+        chunk.examples = columns.to_batch()
         return chunk
 
     def _document(self, job: np.ndarray) -> Found:
@@ -115,13 +116,13 @@ class _ChunkEncoder:
         except RowError as error:
             return UserError(error.what, how=error.how, where=where)
 
-    def _note(self, job: np.ndarray, result: EncodeResult | UserError, chunk: _Chunk) -> None:
+    def _note(self, job: np.ndarray, result: EncodeResult | UserError, chunk: _Chunk, columns: ExampleColumns) -> None:
         if isinstance(result, UserError):
             chunk.problems += result.problems
             result = EncodeResult([])
         number, position = int(job["dataset"]), int(job["position"])
         for example in result.examples:
-            _add(chunk.columns, example, number, int(self._indices[number][position]))
+            _add(columns, example, number, int(self._indices[number][position]))
         chunk.counts.append(len(result.examples))
         chunk.reasons.append(result.reason)
         chunk.uncut.append(result.uncut)
@@ -153,10 +154,10 @@ def _write(directory: Path, jobs: np.ndarray, corpora: Sequence[Corpus], encoder
         for chunk in chunks:
             summary.add(chunk)
             progress("encoding", summary.done, len(jobs))
-            yield chunk.columns.to_batch()
+            yield chunk.examples
 
     write_table(directory / EXAMPLES, EXAMPLE_SCHEMA, batches())
-    summary.raise_problems(corpora)
+    summary.problems.raise_any(of=", ".join(corpus.name for corpus in corpora))
     np.savez(directory / JOBS, counts=summary.counts, reason=summary.reason, uncut=summary.uncut)
     write_facts(directory, {"reasons": summary.reasons, "saw_reasoning": summary.saw_reasoning})
 
@@ -171,8 +172,7 @@ class _Summary:
         self.uncut = np.zeros(num_jobs, np.int32)
         self.reasons: list[str] = []
         self.saw_reasoning = False
-        self._first: dict[tuple[str, str | None], Problem] = {}
-        self._times: Counter[tuple[str, str | None]] = Counter()
+        self.problems = Problems()
 
     def add(self, chunk: _Chunk) -> None:
         """Take over the next chunk's figures and problems."""
@@ -186,63 +186,12 @@ class _Summary:
                 self.reason[place] = self.reasons.index(reason)
         self.saw_reasoning |= chunk.saw_reasoning
         for problem in chunk.problems:
-            # A template refuses thousands of rows for one reason: that is one problem, at the first of them.
-            same = (problem.what, problem.how)
-            self._times[same] += 1
-            if len(self._first) < 1000:
-                self._first.setdefault(same, problem)
+            self.problems.add(problem)
         self.done = end
-
-    def raise_problems(self, corpora: Sequence[Corpus]) -> None:
-        if not self._first:
-            return
-        merged = [
-            replace(problem, what=f"{problem.what} (and {self._times[same] - 1} rows more)")
-            if self._times[same] > 1
-            else problem
-            for same, problem in self._first.items()
-        ]
-        names = ", ".join(corpus.name for corpus in corpora)
-        raise problems_error(merged[:MAX_SHOWN], of=names, total=max(len(merged), len(self._times)))
 
 
 def _encoded_chunks(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder) -> Iterator[_Chunk]:
-    """The chunks in order, encoded here or by as many processes as there are cores."""
+    """The chunks in order."""
     parts = [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]
-    workers = _cores() if len(jobs) >= MIN_PARALLEL else 1
-    if workers == 1:
-        encode = _ChunkEncoder(corpora, encoder).encode
-        yield from map(encode, parts)
-        return
-    # Spawned, not forked: this process has threads, of torch and of the tokenizers, which a fork would break.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=_start_worker, initargs=(corpora, encoder)) as pool:
-        # At most so many chunks are under way or wait to be written: memory does not grow with the data.
-        ahead: list[Any] = []
-        for part in parts:
-            ahead.append(pool.apply_async(_encode_in_worker, (part,)))
-            if len(ahead) >= 4 * workers:
-                yield ahead.pop(0).get()
-        for result in ahead:
-            yield result.get()
-
-
-_worker: _ChunkEncoder | None = None
-
-
-def _start_worker(corpora: Sequence[Corpus], encoder: Encoder) -> None:
-    global _worker
-    # One process a core: the tokenizer's own threads would only get in each other's way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = _ChunkEncoder(corpora, encoder)
-    # What was imported lives as long as the process: the collector need not go through it again and again.
-    gc.freeze()
-
-
-def _encode_in_worker(jobs: np.ndarray) -> _Chunk:
-    assert _worker is not None, "started by the pool"
-    return _worker.encode(jobs)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = 0 if len(jobs) >= MIN_PARALLEL else len(parts)
+    yield from work(_ChunkEncoder(corpora, encoder), parts, here=here)

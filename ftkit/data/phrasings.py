@@ -216,6 +216,11 @@ def library() -> dict[str, PhrasingSet]:
     return sets
 
 
+def library_clusters() -> set[str]:
+    """Names of the library's clusters."""
+    return {phrasings.section.cluster for phrasings in library().values() if phrasings.section.cluster is not None}
+
+
 def read_phrasings(path: Path, *, cluster: str | None = None) -> dict[str, PhrasingSet]:
     """The entries of a file.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ftkit.data import advice
 from ftkit.data.batches import deal
-from ftkit.data.corpus import Corpus, Progress, load_corpus
+from ftkit.data.corpus import Corpus, Progress, check_clusters, load_corpus
 from ftkit.data.counting import count_datasets
 from ftkit.data.draws import draw_run
 from ftkit.data.encode import Encoder
@@ -112,6 +112,7 @@ def make_plan(
     """
     # 1. Rows -> documents, and which of them are measured and never trained on.
     train = _load(recipe, recipe.data.train, "train", directory, progress)
+    check_clusters(recipe.data, train)
     left_out = [corpus.name for corpus in train if len(corpus.chosen) == 0]
     train = [corpus for corpus in train if len(corpus.chosen)]
     if not train:

@@ -1,6 +1,8 @@
 """Many bad rows, one error: the first ones in full, then a count."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ftkit.errors import FtkitError, Problem, UserError
 
@@ -21,6 +23,39 @@ def problems_error(problems: Sequence[Problem], *, of: str, total: int | None = 
         return UserError.of(problems)
     count = Problem(f"{rest} more of {total} problems are not shown", where=of)
     return UserError.of([*problems[:MAX_SHOWN], count])
+
+
+class Problems:
+    """Problems of many rows; what is wrong with several of them alike is one problem, told at the first of them."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str | None], Problem] = {}
+        self._times: Counter[tuple[str, str | None]] = Counter()
+
+    def add(self, problem: Problem) -> None:
+        """Note one."""
+        same = (problem.what, problem.how)
+        self._times[same] += 1
+        if len(self._first) < MAX_SHOWN:
+            self._first.setdefault(same, problem)
+
+    def raise_any(self, *, of: str) -> None:
+        """Raise what was noted, if anything was.
+
+        Args:
+            of: what the rows are of.
+
+        Raises:
+            UserError: as `problems_error`.
+        """
+        if not self._first:
+            return
+        shown = [replace(problem, what=self._counted(same)) for same, problem in self._first.items()]
+        raise problems_error(shown, of=of, total=len(self._times))
+
+    def _counted(self, same: tuple[str, str | None]) -> str:
+        more = self._times[same] - 1
+        return f"{same[0]} (and {more} row{'s' if more > 1 else ''} more)" if more else same[0]
 
 
 def shorten(value: object, *, width: int = 60) -> str:

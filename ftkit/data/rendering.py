@@ -66,10 +66,11 @@ def render_examples(
         where: names the row in errors.
 
     Raises:
-        UserError: the template fails on this conversation, does not print all of its text, prints a turn that does not
-            begin with its generation prompt or ends in no special token; or `mode="whole"` is impossible; or thoughts
-            that are not to be trained on cannot be told from their answer.
+        UserError: the template fails on this conversation, does not print all of its text or any of its tools, prints a
+            turn that does not begin with its generation prompt or ends in no special token; or `mode="whole"` is
+            impossible; or thoughts that are not to be trained on cannot be told from their answer.
     """
+    template.check_tools(conversation.tools, where=where)
     messages = [message.to_template() for message in conversation.messages]
     rendered = [_render_turn(template, messages[: turn + 1], conversation.tools, where) for turn in turns]
     if not train_on_reasoning:
@@ -169,4 +170,5 @@ def _others(messages: Sequence[TemplateMessage]) -> set[int]:
 
 def _up_to_last_span(example: RenderedExample) -> RenderedExample:
     """Without what comes after the last turn: nothing there is trained on."""
-    return replace(example, text=example.text[: example.spans[-1][1]])
+    text = example.text[: example.spans[-1][1]]
+    return RenderedExample(text, example.spans, example.answers, example.turns, example.num_messages)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ftkit.data.formats import FORMATS, check_columns, check_section, detect_format, source_columns
 from ftkit.data.phrasings import PhrasingSet, find_phrasings, phrase
-from ftkit.data.problems import RowError, problems_error
+from ftkit.data.problems import Problems, RowError
 from ftkit.data.task_rows import SkippedRow, read_record
 from ftkit.data.types import Conversation, Document, Row, RowContent, TaskRecord, Text
 from ftkit.errors import KeyPath, Problem, UserError
@@ -81,7 +81,7 @@ def parse_rows(
     """
     parser = RowParser(rows, dataset, key=key, base=base)
     documents: list[tuple[Row, Document]] = []
-    problems: list[Problem] = []
+    problems = Problems()
     for row in rows:
         try:
             content = parser.parse(row)
@@ -93,9 +93,8 @@ def parse_rows(
         except SkippedRow:
             continue
         except RowError as error:
-            problems.append(Problem(error.what, error.how, row.where))
-    if problems:
-        raise problems_error(problems, of=dataset.path)
+            problems.add(Problem(error.what, error.how, row.where))
+    problems.raise_any(of=dataset.path)
     return documents
 
 

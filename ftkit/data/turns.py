@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from ftkit.data.problems import RowError, quoted, shorten
@@ -90,7 +91,9 @@ def _parse_turn(turn: Any, place: str, roles: Mapping[str, Role]) -> Message:
     source_role = turn.get("role") or turn.get("from")
     role = roles.get(source_role) or ROLES.get(str(source_role).lower()) if isinstance(source_role, str) else None
     if role is None:
-        how = f"use {', '.join(ROLES)}, or map it: `roles: {{{source_role}: assistant}}`"
+        alike = get_close_matches(str(source_role).lower(), ROLES, n=1)
+        meant = ROLES[alike[0]] if alike else "assistant"
+        how = f"use {', '.join(ROLES)}, or map it: `roles: {{{source_role}: {meant}}}`"
         raise RowError(f"{place}: unknown role {source_role!r}", how)
     content = _content(turn.get("content", turn.get("value")), place)
     calls = _tool_calls(turn, place)

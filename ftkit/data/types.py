@@ -102,7 +102,7 @@ def content_to_json(content: RowContent) -> bytes:
         values = {"messages": [_filled(message) for message in content.messages], **_filled(content, skip="messages")}
     else:
         values = _filled(content)
-    return json.dumps([kind, values], ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return _to_json([kind, values]).encode("utf-8", "surrogatepass")
 
 
 def content_from_json(data: bytes) -> RowContent:
@@ -120,6 +120,7 @@ def content_from_json(data: bytes) -> RowContent:
     return Text(**values) if kind == "Text" else TaskRecord(**values)
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 _TUPLES = {"messages", "tool_calls", "tools", "options", "references"}
 
 

@@ -1,5 +1,6 @@
 """How each drawn row is asked: its phrasing, with or without the reasoning, and the solved examples before it."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +11,26 @@ from ftkit.data.store import RowStore
 from ftkit.data.types import Conversation, Document, TaskRecord
 from ftkit.recipe.schema import DatasetSection
 
-MAX_SHOTS = 8
-"""The schema's limit for `shots`."""
-JOB = np.dtype(
-    [("dataset", ">i4"), ("position", ">i8"), ("phrasing", ">i2"), ("shots", ">i8", (MAX_SHOTS,))],
-)
-"""A row in one form: data set, position in its store, phrasing, positions of the examples shown before it; -1: none.
-Big-endian, so that jobs sorted as bytes are sorted by data set, then position."""
+
+def job_type(shots: int) -> np.dtype:
+    """A job is a row in one form: data set, position in its store, phrasing, positions of examples before it; -1: none.
+
+    Big-endian, so that jobs sorted as bytes are sorted by data set, then position.
+
+    Args:
+        shots: so many examples at most; with none a job takes 14 bytes.
+    """
+    return np.dtype([("dataset", ">i4"), ("position", ">i8"), ("phrasing", ">i2"), ("shots", ">i8", (shots,))])
 
 
-def plain_jobs(dataset: int, positions: np.ndarray) -> np.ndarray:
-    """Jobs of rows that are always put alike."""
-    jobs = np.full(len(positions), -1, JOB) if len(positions) else np.empty(0, JOB)
+def most_shots(sections: Iterable[DatasetSection]) -> int:
+    """Examples that a row of these data sets is shown at most."""
+    return max((section.shots for section in sections if section.few_shot > 0), default=0)
+
+
+def plain_jobs(dataset: int, positions: np.ndarray, shots: int = 0) -> np.ndarray:
+    """Jobs of rows that are always put alike; `shots` is the width of their type."""
+    jobs = np.empty(len(positions), job_type(shots))
     jobs["dataset"], jobs["position"], jobs["phrasing"], jobs["shots"] = dataset, positions, -1, -1
     return jobs
 
@@ -34,6 +43,7 @@ def choose_variants(
     has_rationale: np.ndarray,
     others: np.ndarray,
     *,
+    shots: int,
     name: str,
     epoch: int,
     seed: int,
@@ -47,12 +57,13 @@ def choose_variants(
         section: of the recipe.
         has_rationale: bool [N], whether the row has a rationale.
         others: int64, positions of the rows that may be shown as examples.
+        shots: width of the jobs' type.
         name: the data set's label.
         epoch: number of the epoch.
         seed: the recipe's.
     """
     rng = random_generator(seed, "phrasing", name, epoch)
-    jobs = plain_jobs(dataset, positions)
+    jobs = plain_jobs(dataset, positions, shots)
     share = {"never": 0.0, "always": 1.0}.get(section.rationale, section.rationale)  # type: ignore[arg-type]
     reasons = has_rationale & (rng.random(len(jobs)) < share) if phrasings.reasoned else np.zeros(len(jobs), bool)
     jobs["phrasing"] = rng.choice(phrasings.plain, len(jobs))

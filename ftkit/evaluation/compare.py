@@ -1,8 +1,7 @@
 """Asks several models the same and compares their answers."""
 
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -27,7 +26,7 @@ MAX_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that takes part. Several may share one loaded model and differ in `active`."""
+    """A model that takes part."""
 
     label: str
     """In tables and results; each contestant's own."""
@@ -35,8 +34,6 @@ class Contestant:
     """In eval mode, with an attention implementation that takes padded batches."""
     prompts: Prompts
     """How it is asked: for all contestants by the same template, each with its own tokenizer."""
-    active: Callable[[], AbstractContextManager[None]] = nullcontext
-    """Makes `model` this contestant for a while, e.g. with its adapters switched off."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,8 @@ def evaluate_models(
     usage, notes = Usage(), []
     for contestant in contestants:
         asker = _Asker(contestant, max_tokens, console or Console(quiet=True))
-        with contestant.active():
-            assert not contestant.model.training, "a model is evaluated in eval mode"
-            answers[contestant.label] = {task.name: asker.answer(task) for task in tasks}
+        assert not contestant.model.training, "a model is evaluated in eval mode"
+        answers[contestant.label] = {task.name: asker.answer(task) for task in tasks}
         usage = Usage(usage.tokens_run + asker.tokens_run, usage.tokens_generated + asker.tokens_generated)
         notes += asker.notes
 

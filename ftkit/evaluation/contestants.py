@@ -1,23 +1,22 @@
-"""From targets to models that can be asked: a base and its adapter share one loaded model."""
+"""From targets to models that can be asked: a base and all adapters of it share one loaded model's weights."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import Encoder, make_encoder
+from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import UserError
 from ftkit.evaluation.compare import Contestant
 from ftkit.evaluation.prompts import ChatPrompts, Prompts, RawPrompts, choose_mode
 from ftkit.evaluation.schema import PromptMode
 from ftkit.methods.files import check_base, identify, read_identity
-from ftkit.methods.table import method_of
+from ftkit.methods.table import method_of, section_of
 from ftkit.models.load import BaseModel, load_tokenizer, load_weights
 from ftkit.models.precision import compute_in
 from ftkit.recipe.schema import DataSection, ModelSection, Recipe
@@ -29,7 +28,9 @@ def load_contestants(
 ) -> list[Contestant]:
     """Load what is compared, the tuned one first.
 
-    The base of an adapter is loaded once: its own contestant is the same model with the adapter switched off.
+    A base is loaded once, and switching between it and its adapters moves nothing: each is a model of its own whose
+    modules hold the same weights, besides those of the adapter. An adapter that changed the base's own weights (norms,
+    `modules_to_save`) gets a base to itself.
 
     Raises:
         UserError: a model or adapter cannot be loaded, or its base has changed; two targets would have one label.
@@ -40,24 +41,13 @@ def load_contestants(
     template = next((t.chat_template for t in in_order if t.chat_template), None)
     chat = choose_mode(mode, has_template=template is not None) == "chat"
     recipe = lead.recipe
-    shared: dict[BaseModel, tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]]]] = {}
+    shared: dict[BaseModel, PreTrainedModel] = {}
     contestants = []
-    # Adapters first: a base without one is then found loaded.
-    for index in sorted(range(len(targets)), key=lambda i: targets[i].adapter is None):
-        target = targets[index]
-        key = replace(target.model, name="")
-        if target.adapter is None and key in shared:
-            model, active = shared[key]
-        else:
-            model, disabled = _load(target, dtype, device)
-            active = nullcontext
-            if disabled is not None:
-                shared[key] = (model, disabled)
-        prompts: Prompts = RawPrompts(tokenizers[index])
-        if chat:
-            prompts = _chat_prompts(tokenizers[index], template, recipe)
-        contestants.append((index, Contestant(target.label, model, prompts, active)))
-    return [contestant for _, contestant in sorted(contestants, key=lambda pair: pair[0])]
+    for target, tokenizer in zip(targets, tokenizers, strict=True):
+        model = _load(target, shared, dtype, device)
+        prompts: Prompts = _chat_prompts(tokenizer, template, recipe) if chat else RawPrompts(tokenizer)
+        contestants.append(Contestant(target.label, model, prompts))
+    return contestants
 
 
 def leading_target(targets: Sequence[Target]) -> Target:
@@ -66,23 +56,41 @@ def leading_target(targets: Sequence[Target]) -> Target:
 
 
 def _load(
-    target: Target, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedModel, Callable[[], AbstractContextManager[None]] | None]:
-    """The model in eval mode, and what switches its adapter off, where that gives the base."""
-    if target.adapter is not None and (trained_on := read_identity(target.adapter)).fingerprint is not None:
+    target: Target, shared: dict[BaseModel, PreTrainedModel], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The model in eval mode; bases that others may use too are found in `shared`, or put there."""
+    if target.adapter is None:
+        return _load_base(target.model, shared, dtype, device)
+    if (trained_on := read_identity(target.adapter)).fingerprint is not None:
         check_base(target.adapter, trained_on, identify(target.model, remembered=True))
-    model = load_weights(target.model, dtype=dtype)
-    disabled = None
-    if target.adapter is not None:
-        method = method_of(target.adapter)
-        section: Any = method.load(model, target.adapter)
-        # The adapter is float32, and computes as it did in training.
-        compute_in(model, dtype)
-        if method.keeps_base(section):
-            disabled = lambda: method.disabled(model)  # noqa: E731
-    # transformers types its own `to` for quantized models only.
+    method = method_of(target.adapter)
+    keeps_base = method.keeps_base(section_of(target.adapter))
+    model = _load_base(target.model, shared if keeps_base else {}, dtype, device)
+    if keeps_base:
+        model = share_weights(model)
+    method.load(model, target.adapter)
+    # The adapter is float32, and computes as it did in training.
+    compute_in(model, dtype)
     nn.Module.to(model, device)
-    return model.eval(), disabled
+    return model.eval()
+
+
+def _load_base(
+    base: BaseModel, shared: dict[BaseModel, PreTrainedModel], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    key = replace(base, name="")
+    if key not in shared:
+        # transformers types its own `to` for quantized models only.
+        shared[key] = load_weights(base, dtype=dtype)
+        nn.Module.to(shared[key], device)
+    return shared[key].eval()
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model with the same weights: modules of its own, which hold the parameters and buffers of `model`."""
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    # What `deepcopy` finds in its memo it takes for copied.
+    return deepcopy(model, kept)
 
 
 def _tokenizer(target: Target) -> PreTrainedTokenizerBase:

@@ -21,8 +21,17 @@ from ftkit.methods.files import BaseIdentity
 Gather = Callable[[Tensor], Tensor]
 """Turns a shard into its full tensor, e.g. `distributed.whole`; a collective."""
 
-ComputeDelta = Callable[[Tensor], Tensor]
-"""What merging adds to a base weight, from that weight: both float32, in the weight's own layout."""
+
+class ComputeDelta(Protocol):
+    """What merging adds to a base weight, from that weight: both float32, in the weight's own layout."""
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Whether another base weight would gain something else: what was added once can then not be subtracted."""
+
+    def __call__(self, weight: Tensor, /) -> Tensor:
+        """What is added to `weight`."""
+
 
 Delta = tuple[str, ComputeDelta]
 """Name of a base weight, and what to add to it."""
@@ -33,6 +42,11 @@ class Replacement:
     """The `ComputeDelta` of a weight that trained in full: merging puts `tuned` in its place."""
 
     tuned: Tensor
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Yes: the old weight goes altogether."""
+        return True
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The difference, up to rounding; see `merged_weight`."""

@@ -32,7 +32,7 @@ _TRAINED_AS = "method"
 """Key of ftkit.json."""
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
 _READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"}
-_READ |= {"modules_to_save"}
+_READ |= {"modules_to_save", "target_parameters"}
 # Neither changes what the saved weights compute: where they go is told by their own names.
 _WITHOUT_EFFECT = {"task_type", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "layers_pattern"}
 _WITHOUT_EFFECT |= {"layers_to_transform", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"}
@@ -196,7 +196,7 @@ def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
     values = {"type": "lora", "rank": config.get("r"), "alpha": config.get("lora_alpha")}
     values |= {"dropout": config.get("lora_dropout", 0.0), "targets": _names(targets), "exclude": _names(exclude)}
     values |= {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    values["modules_to_save"] = tuple(config.get("modules_to_save") or ())
+    values |= {name: tuple(config.get(name) or ()) for name in ("modules_to_save", "target_parameters")}
     values["init"] = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
     values |= {"rank_stabilized": config.get("use_rslora") or False, "dora": config.get("use_dora") or False}
     try:

@@ -1,9 +1,7 @@
 """`lora`: low-rank updates of linear layers (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in peft's files."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +20,57 @@ from ftkit.methods.base import (
     gathered,
     seeded_generator,
 )
-from ftkit.methods.dora import gains, row_norms
+from ftkit.methods.dora import row_norms
 from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, trained_as, write_adapter
-from ftkit.methods.lora_init import INITIALISATIONS, zeros
+from ftkit.methods.lora_experts import (
+    NESTED,
+    ExpertsDelta,
+    expert_layers,
+    insert_experts,
+    names_for_peft,
+    saved_names,
+    select_experts,
+    stack_factors,
+    to_peft,
+)
+from ftkit.methods.lora_init import INITIALISATIONS, Factors, zeros
 from ftkit.methods.lora_layer import LoraLayer, insert_lora, stacked, weight_OI
+from ftkit.methods.lora_saved import (
+    MAGNITUDE,
+    PREFIX,
+    A,
+    B,
+    adapted_paths,
+    low_rank_delta,
+    path_of,
+    rank_of,
+    saved_experts,
+    scale_of,
+)
 from ftkit.methods.saved_modules import (
     check_ties,
     paths_for_peft,
-    saved_names,
+    saved_module_names,
     saved_parameters,
     tied_names,
     train_modules,
 )
-from ftkit.methods.targets import check_patterns, matching_value, select_targets, shortest_names
+from ftkit.methods.targets import check_patterns, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
 from ftkit.recipe.method_schema import LoraMethod
 
 name = "lora"
 merge_refusal: str | None = None
 
-PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-"""peft's names in the file: base_model.model.PATH.lora_A.weight."""
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankDelta:
-    """The `ComputeDelta` of an adapted weight: scale * B A, and under DoRA what the lengths of its rows make of it."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    magnitude_O: Tensor | None
-    """Trained lengths of the weight's rows (DoRA); else None."""
-    scale: float
-    transposed: bool = False
-    """Whether the weight is [I, O]."""
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """The difference in the layout of `weight`."""
-        # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
-        delta_OI = (self.b_OR.float() @ self.a_RI.float()) * self.scale
-        if self.magnitude_O is not None:
-            weight_OI = weight.t() if self.transposed else weight
-            tuned_OI = weight_OI + delta_OI
-            gains_O = gains(self.magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
-            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
-        return delta_OI.t() if self.transposed else delta_OI
-
 
 def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
     """Freeze the model and give every target its A and B."""
-    layers = select_targets(model, section.targets, section.exclude)
-    check_patterns(section.rank_pattern, layers, "rank_pattern")
-    check_patterns(section.alpha_pattern, layers, "alpha_pattern")
-    _insert(model, layers, section, seed=seed)
+    layers = select_targets(model, section.targets, section.exclude, with_experts=bool(section.target_parameters))
+    experts = select_experts(model, section.target_parameters)
+    adapted = [*layers, *(f"{path}.{name}" for path, names in experts.items() for name in names)]
+    check_patterns(section.rank_pattern, adapted, "rank_pattern")
+    check_patterns(section.alpha_pattern, adapted, "alpha_pattern")
+    _insert(model, layers, experts, section, seed=seed)
 
 
 def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> dict[str, Tensor]:
@@ -89,6 +85,12 @@ def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> di
         state |= {f"{PREFIX}{path}{A}": a_RI, f"{PREFIX}{path}{B}": b_OR}
         if "lora_magnitude" in whole:
             state[f"{PREFIX}{path}{MAGNITUDE}"] = whole["lora_magnitude"]
+    for path, experts in expert_layers(model):
+        factors = experts.factors()
+        for name, begin in saved_names(path, list(factors)).items():
+            own = gathered({"a": factors[name].lora_A, "b": factors[name].lora_B}, gather)
+            a, b = to_peft(own["a"], own["b"])
+            state |= {f"{PREFIX}{begin}{A[1:]}": a, f"{PREFIX}{begin}{B[1:]}": b}
     saved = saved_parameters(model)
     once = gathered({str(id(parameter)): parameter for parameter in saved.values()}, gather)
     return state | {f"{PREFIX}{name}": once[str(id(parameter))] for name, parameter in saved.items()}
@@ -110,6 +112,12 @@ def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
             layer.lora_B0.copy_(-b_OR[:, rank:])
         if layer.lora_magnitude is not None:
             layer.lora_magnitude.copy_(state[f"{PREFIX}{path}{MAGNITUDE}"])
+    for path, experts in expert_layers(model):
+        factors = experts.factors()
+        for name, begin in saved_names(path, list(factors)).items():
+            a_ERI, b_EOR = saved_experts(state, begin, experts=len(factors[name].lora_A))
+            factors[name].lora_A.copy_(a_ERI)
+            factors[name].lora_B.copy_(b_EOR)
 
 
 def save(
@@ -124,8 +132,10 @@ def save(
     layers = dict(_layers(model))
     transposed = any(isinstance(layer, Conv1D) for layer in layers.values())
     config = lora_config(section, shortest_names(model, layers), fan_in_fan_out=transposed)
+    if stacks := {path: list(experts.factors()) for path, experts in expert_layers(model)}:
+        config["target_parameters"] = names_for_peft(model, stacks)
     # Without the flag peft warns that training would cut the tie; the file holds both names.
-    config |= {"modules_to_save": saved_names(model) or None, "ensure_weight_tying": bool(tied_names(model))}
+    config |= {"modules_to_save": saved_module_names(model) or None, "ensure_weight_tying": bool(tied_names(model))}
     state = trained_state(model) if state is None else state
     # What peft reads is a plain LoRA of twice the rank; to go on training it takes to know which half is frozen.
     frozen_half = section if section.init == "pissa" else None
@@ -137,68 +147,38 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
     config, state = read_adapter(directory, peft_type=LORA)
     section = trained_as(directory) or _section_of_peft(model, config, directory)
     layers = linear_modules(model)
-    paths = adapted_paths(state)
+    experts = select_experts(model, section.target_parameters)
+    paths = [path for path in adapted_paths(state) if path.removesuffix(f".{NESTED[:-1]}") not in experts]
     unknown = sorted(set(paths) - set(layers))
-    if unknown or not paths:
+    if unknown or not (paths or experts):
         raise UserError(
             f"adapts {unknown[0]}, which is no linear layer of this model's blocks" if unknown else "adapts nothing",
             how="load it on the base model it was trained on",
             where=str(directory),
         )
-    _insert(model, {path: layers[path] for path in paths}, section, seed=None)
+    _insert(model, {path: layers[path] for path in paths}, experts, section, seed=None)
     load_state(model, state)
     return section
 
 
 def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[Delta]:
-    """What every weight gains: those that are adapted, in the order of `state`, then those that trained in full."""
-    for path, delta in low_rank_deltas(state, section):
+    """What every weight gains: layers in the order of `state`, experts, then weights that trained in full."""
+    experts = select_experts(model, section.target_parameters)
+    for path in adapted_paths(state):
+        if path.removesuffix(f".{NESTED[:-1]}") in experts:
+            continue
         module = model.get_submodule(path)
         assert is_linear(module), path
-        yield f"{path}.weight", replace(delta, transposed=isinstance(module, Conv1D))
+        yield f"{path}.weight", low_rank_delta(state, section, path, transposed=isinstance(module, Conv1D))
+    for path, names in experts.items():
+        for name, begin in saved_names(path, names).items():
+            weight = f"{path}.{name}"
+            factors = saved_experts(state, begin, experts=len(model.get_parameter(weight)))
+            yield weight, ExpertsDelta(*factors, scale_of(section, weight))
     replacements: dict[int, Replacement] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (tuned := state.get(f"{PREFIX}{name}")) is not None:
             yield name, replacements.setdefault(id(parameter), Replacement(tuned))
-
-
-def low_rank_deltas(state: Mapping[str, Tensor], section: LoraMethod) -> Iterator[tuple[str, LowRankDelta]]:
-    """Path of every adapted layer and what its weight [O, I] gains: what an adapter's files say without a model.
-
-    Raises:
-        UserError: a layer's A and B are not a pair.
-    """
-    for path in adapted_paths(state):
-        a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
-        if a_RI is None or b_OR is None or a_RI.shape[0] != b_OR.shape[1]:
-            raise UserError(f"the saved A and B of {path} do not belong together", how="restore the adapter's files")
-        yield path, LowRankDelta(a_RI, b_OR, magnitude_O, _scale(section, path))
-
-
-@dataclass(frozen=True, eq=False)
-class SavedLora:
-    """What the files of an adapter say without a model."""
-
-    section: LoraMethod
-    deltas: dict[str, LowRankDelta]
-    """Path of every adapted layer -> what its weight [O, I] gains."""
-    in_full: tuple[str, ...]
-    """Names of the parameters that trained in full besides."""
-
-
-def read_saved(directory: Path) -> SavedLora:
-    """Read an adapter of ftkit or peft whose base is not at hand.
-
-    Raises:
-        UserError: the files are damaged, of another method, or use something that ftkit lacks.
-    """
-    config, state = read_adapter(directory, peft_type=LORA)
-    section = trained_as(directory) or lora_section(config, directory)
-    others = [name.removeprefix(PREFIX) for name in state if not name.endswith((A, B, MAGNITUDE))]
-    if unknown := [name for name in others if ".lora_" in name]:
-        what = f"holds {unknown[0]}, which is of no linear layer"
-        raise UserError(what, how="merge it into its base with peft's merge_and_unload", where=str(directory))
-    return SavedLora(section, dict(low_rank_deltas(state, section)), tuple(others))
 
 
 def learning_rate_factor(name: str, section: LoraMethod) -> float:
@@ -224,7 +204,7 @@ def keeps_base(section: LoraMethod) -> bool:
 @contextmanager
 def disabled(model: PreTrainedModel) -> Iterator[None]:
     """The base model, while inside."""
-    layers = [layer for _, layer in _layers(model)]
+    layers = [layer for _, layer in (*_layers(model), *expert_layers(model))]
     before = [layer.lora_enabled for layer in layers]
     try:
         for layer in layers:
@@ -235,12 +215,20 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
             layer.lora_enabled = enabled
 
 
-def adapted_paths(state: Iterable[str]) -> list[str]:
-    """Paths of the layers that have weights of LoRA among the names of a saved state."""
-    parts = [
-        (key.removeprefix(PREFIX), suffix) for key in state for suffix in (A, B, MAGNITUDE) if key.endswith(suffix)
-    ]
-    return list(dict.fromkeys(name.removesuffix(suffix) for name, suffix in parts))
+def named_weights(model: PreTrainedModel, state: Iterable[str], section: LoraMethod) -> dict[str, str]:
+    """Name in a saved state -> name of the base weight that it belongs to."""
+    of_experts = {
+        f"{PREFIX}{begin}{part[1:]}": f"{path}.{name}"
+        for path, names in select_experts(model, section.target_parameters).items()
+        for name, begin in saved_names(path, names).items()
+        for part in (A, B)
+    }
+    others = {
+        key: f"{path_of(key)}.weight" if key.endswith((A, B, MAGNITUDE)) else key.removeprefix(PREFIX)
+        for key in state
+        if key not in of_experts
+    }
+    return others | of_experts
 
 
 def _section_of_peft(model: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> LoraMethod:
@@ -253,12 +241,19 @@ def _base_dtype(model: PreTrainedModel) -> torch.dtype:
     return next((parameter.dtype for parameter in model.parameters() if not parameter.requires_grad), model.dtype)
 
 
-def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: LoraMethod, *, seed: int | None) -> None:
+def _insert(
+    model: PreTrainedModel,
+    layers: Mapping[str, nn.Module],
+    experts: Mapping[str, Sequence[str]],
+    section: LoraMethod,
+    *,
+    seed: int | None,
+) -> None:
     """Give every layer its factors: initial ones, or where `seed` is None zeros to load saved ones into."""
     assert not any(True for _ in _layers(model)), "the model has LoRA layers already"
     freeze(model)
     for path, module in layers.items():
-        weight, rank, scale = weight_OI(module), _rank(section, path), _scale(section, path)
+        weight, rank, scale = weight_OI(module), rank_of(section, path), scale_of(section, path)
         if seed is None:
             factors = zeros(weight, rank)
         else:
@@ -269,17 +264,26 @@ def _insert(model: PreTrainedModel, layers: Mapping[str, nn.Module], section: Lo
             a_RI, b_OR = stacked(*factors, *(start or (None, None)))
             magnitude = row_norms(weight, a_RI.to(weight.device), b_OR.to(weight.device), scale)
         insert_lora(module, factors, scale=scale, dropout=section.dropout, start=start, magnitude=magnitude)
-    train_modules(model, section.modules_to_save, layers)
+    for path, names in experts.items():
+        module = model.get_submodule(path)
+        insert_experts(module, {name: _expert_factors(module, path, name, section, seed) for name in names})
+    train_modules(model, section.modules_to_save, [*layers, *experts])
 
 
-def _rank(section: LoraMethod, path: str) -> int:
-    return matching_value(section.rank_pattern, path, section.rank)
+def _expert_factors(
+    module: nn.Module, path: str, name: str, section: LoraMethod, seed: int | None
+) -> tuple[Factors, float]:
+    """What the experts' weight `name` begins with, and its scale."""
+    whole = f"{path}.{name}"
+    rank, scale = rank_of(section, whole), scale_of(section, whole)
+    generator = None if seed is None else seeded_generator(seed, whole)
 
+    def make(weight: Tensor) -> Factors:
+        if generator is None:
+            return zeros(weight, rank)
+        return INITIALISATIONS[section.init](weight, rank, scale, generator)
 
-def _scale(section: LoraMethod, path: str) -> float:
-    """What B A is multiplied by in the layer at `path`."""
-    rank, alpha = _rank(section, path), matching_value(section.alpha_pattern, path, section.alpha)
-    return alpha / math.sqrt(rank) if section.rank_stabilized else alpha / rank
+    return stack_factors(module.get_parameter(name), make), scale
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:

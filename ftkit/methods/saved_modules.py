@@ -56,7 +56,7 @@ def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def saved_names(model: nn.Module) -> list[str]:
+def saved_module_names(model: nn.Module) -> list[str]:
     """What peft is to be told: names of the modules that own these parameters, each of which it matches exactly."""
     paths = {name.rpartition(".")[0] for name in saved_parameters(model)}
     names = sorted({path.rpartition(".")[2] for path in paths})

@@ -18,10 +18,13 @@ Pattern = str | Sequence[str]
 """A regular expression that matches whole paths, or names."""
 
 
-def select_targets(model: PreTrainedModel, targets: Pattern, exclude: Pattern) -> dict[str, nn.Module]:
+def select_targets(
+    model: PreTrainedModel, targets: Pattern, exclude: Pattern, *, with_experts: bool = False
+) -> dict[str, nn.Module]:
     """Path -> linear layer, in the model's order.
 
     Args:
+        with_experts: whether experts that are kept as one tensor are adapted besides, by `method.target_parameters`.
         targets: `all-linear`, names (`q_proj`, `mlp.down_proj`, a whole path), or a regular expression.
         exclude: names or a regular expression; empty for none.
 
@@ -30,7 +33,8 @@ def select_targets(model: PreTrainedModel, targets: Pattern, exclude: Pattern) -
     """
     layers = linear_modules(model)
     if targets == ALL_LINEAR:
-        _refuse_stacked_experts(model, layers)
+        if not with_experts:
+            _refuse_stacked_experts(model, layers)
         chosen = set(layers)
     else:
         chosen = _matches(layers, targets, "targets")
@@ -47,12 +51,13 @@ def matching_value(values: Mapping[str, Value], path: str, default: Value) -> Va
     return next((value for pattern, value in values.items() if _matches_end(pattern, path)), default)
 
 
-def check_patterns(patterns: Iterable[str], layers: Mapping[str, nn.Module], key: str) -> None:
+def check_patterns(patterns: Iterable[str], layers: Iterable[str], key: str) -> None:
     """Check that every pattern of `method.KEY` matches a layer that is adapted.
 
     Raises:
         UserError: some match none; the message lists what there is.
     """
+    layers = list(layers)
     if unmatched := [pattern for pattern in patterns if not any(_matches_end(pattern, path) for path in layers)]:
         raise _unmatched(unmatched, layers, key, "adapted layer: these are")
 
@@ -90,7 +95,7 @@ def _matches(layers: dict[str, nn.Module], pattern: Pattern, key: Literal["targe
 
 def _unmatched(
     names: list[str],
-    layers: Mapping[str, nn.Module],
+    layers: Iterable[str],
     key: str,
     what: str = "linear layer of the decoder blocks, which have:",
 ) -> UserError:
@@ -109,8 +114,9 @@ def _refuse_stacked_experts(model: PreTrainedModel, layers: dict[str, nn.Module]
     experts = stacked_experts(model)
     if experts:
         names = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in layers))
+        stacks = dict.fromkeys(".".join(weight.split(".")[-2:]) for weight in experts)
         raise UserError(
-            f"this model keeps its experts as one tensor ({experts[0]}), which LoRA cannot adapt in this version",
-            how=f"name the layers beside them: targets: [{names}]",
+            f"this model keeps its experts as one tensor ({experts[0]}), which is no linear layer",
+            how=f"adapt them too, target_parameters: [{', '.join(stacks)}], or only the others, targets: [{names}]",
             key=("method", "targets"),
         )

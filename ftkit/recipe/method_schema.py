@@ -47,6 +47,9 @@ class LoraMethod(Section):
     matches whole module paths."""
     exclude: NonEmpty | ListOf[NonEmpty] = ()
     """Modules left out: names, or a regular expression."""
+    target_parameters: ListOf[NonEmpty] = ()
+    """Names of weights that hold all experts of a layer, e.g. [experts.gate_up_proj, experts.down_proj]: each expert
+    gets an update of its own. Without dropout, `dora` and `init: pissa`."""
     modules_to_save: ListOf[NonEmpty] = ()
     """Names of modules that train in full besides, e.g. [embed_tokens, lm_head]; tied ones train together."""
     init_from: NonEmpty | None = None
@@ -57,6 +60,15 @@ class LoraMethod(Section):
     def _pattern_compiles(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if isinstance(value, str):
             _compile(value)
+        return value
+
+    @field_validator("target_parameters")
+    @classmethod
+    def _plain_updates(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        given = {"dropout": info.data.get("dropout"), "dora": info.data.get("dora")}
+        given["init: pissa"] = info.data.get("init") == "pissa"
+        if value and (refused := [name for name, set_ in given.items() if set_]):
+            raise ValueError(f"experts have plain updates only: leave out method.{refused[0]}")
         return value
 
     @field_validator("rank_pattern", "alpha_pattern")

@@ -8,9 +8,10 @@ from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.console import Console, human_count, make_table
-from ftkit.data.chat import ChatTemplate, chat_template_for
+from ftkit.data.chat import ChatTemplate
 from ftkit.data.encode import make_encoder
 from ftkit.data.plan import Plan, make_plan
+from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import UserError
 from ftkit.methods.start import KEY as INIT_FROM_KEY
 from ftkit.methods.start import continue_from

@@ -62,8 +62,9 @@ def test_a_row_of_choice(recipe: Path, capsys: pytest.CaptureFixture[str]) -> No
     rows = [json.loads(line)["row"] for line in show(capsys, recipe, "--json").splitlines()]
     assert f"rows row {rows[2]}: " in show(capsys, recipe, "--dataset", "rows", "--row", str(rows[2]))
     for arguments, message in (
-        (["--row", "3"], "no example comes from row 3; see --dropped"),
-        (["--dataset", "row"], "there is no data set row; choose one of rows"),
+        (["--row", "3"], "the run draws no example from row 3; choose another --row, see --dropped"),
+        (["--row", "3", "--json"], "the run draws no example from row 3; choose another --row, see --dropped"),
+        (["--dataset", "row"], "the run trains on no data set row; choose one of rows"),
     ):
         assert run(["preview", str(recipe), *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ftkit.data import cache, encoding
+from ftkit.data import cache, corpus, encoding, processes
 from ftkit.data.cache import FINISHED, digest_of, prepared
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import Encoder
 from ftkit.data.plan import Plan, make_plan
+from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import StorageError
 from ftkit.recipe.schema import DataSection, DatasetSection, LoraMethod, ModelSection, Recipe, TrainingSection
 from tests.tiny_models import CHATML, tiny_tokenizer
@@ -164,8 +164,9 @@ def test_several_processes_encode_what_one_does(tmp_path: Path, root: Path, monk
     write_rows(tmp_path, [f"answer {i}" for i in range(1500)])
     one = plan(tmp_path)
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(encoding, "MIN_PARALLEL", 0)
-    monkeypatch.setattr(encoding, "_cores", lambda: 2)
+    for module in (corpus, encoding):
+        monkeypatch.setattr(module, "MIN_PARALLEL", 0)
+    monkeypatch.setattr(processes, "cores", lambda: 2)
     two = plan(tmp_path)
     assert two.fingerprint == one.fingerprint
     assert two.counts == one.counts

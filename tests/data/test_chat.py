@@ -1,17 +1,16 @@
 import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ftkit.data.chat import ChatTemplate, chat_template_for
+from ftkit.data.chat import ChatTemplate
 from ftkit.data.rendering import render_examples
 from ftkit.data.shadow import find_lost_text, template_constants
-from ftkit.data.template_texts import BUILT_IN, pin_date
+from ftkit.data.template_texts import pin_date
 from ftkit.data.types import Conversation, Message
 from ftkit.errors import UserError
-from ftkit.recipe.schema import ModelSection
 from tests.data.trl_templates import template_names, tokenizer_for
+from tests.data.turns import ANSWER, RESULT, USER, WEATHER, call, chatml, refusal, render, template_of
 from tests.tiny_models import CHATML, tiny_tokenizer
 
 # The token or tokens that end a turn of text and of tool calls; a template without any cannot be trained on.
@@ -41,33 +40,6 @@ ENDS = {
     "smolvlm": [],
 }
 IM_END = ("lfm2", "nemotron", "qwen")
-
-USER, ANSWER = Message("user", "Hi there"), Message("assistant", "Hello you")
-
-
-def call(**arguments: Any) -> dict[str, Any]:
-    return {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": arguments}}
-
-
-def template_of(name: str, **kwargs: Any) -> ChatTemplate:
-    tokenizer = tokenizer_for(name)
-    return ChatTemplate(tokenizer, tokenizer.chat_template, kwargs)
-
-
-def render(template: ChatTemplate, *messages: Message, where: str = "rows.jsonl:7", **kwargs: Any) -> list[Any]:
-    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    return render_examples(template, Conversation(messages), turns, where=where, **kwargs)
-
-
-def refusal(template: ChatTemplate, *messages: Message, **kwargs: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        render(template, *messages, **kwargs)
-    return str(caught.value)
-
-
-def chatml() -> ChatTemplate:
-    return ChatTemplate(tiny_tokenizer(), CHATML)
-
 
 # --- rendering ---
 
@@ -231,8 +203,6 @@ def test_a_prompt_that_no_keyword_mends(name: str) -> None:
 
 # --- no text is lost ---
 
-WEATHER = Message("assistant", "", tool_calls=(call(city='Bad "Bonn"\\x', unit="Kelvin"),))
-RESULT = Message("tool", '{"degrees": 3, "sky": "clear"}', name="weather", tool_call_id="abcdefghi")
 LOSSES: dict[str, tuple[str, list[Message], str]] = {
     "thoughts": (
         "qwen2_5",
@@ -260,6 +230,23 @@ def test_lost_text_is_an_error_that_names_the_row(name: str, messages: list[Mess
     message = refusal(template_of(name), *messages)
     assert message.startswith("rows.jsonl:7: the chat template ")
     assert expected in message
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": {}}}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "llama3"])
+def test_tools_that_a_template_does_not_print_are_not_lost_in_silence(name: str) -> None:
+    assert refusal(template_of(name), USER, ANSWER, tools=[TOOL]) == (
+        "rows.jsonl:7: the chat template does not print the tools of a conversation; take them out, or name a file "
+        "with a template for tools in model.chat_template, e.g. that of Qwen 2.5 for ChatML tokens"
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3_1", "gptoss", "gemma4"])
+def test_tools_are_printed_though_no_turn_calls_one(name: str) -> None:
+    (example,) = render(template_of(name), USER, ANSWER, tools=[TOOL])
+    assert "weather" in example.text
 
 
 THINKING = Message("assistant", "<think>\nThey greet me.\n</think>\n\nHello")
@@ -310,76 +297,3 @@ def test_find_lost_text_on_functions() -> None:
     long = "x" * 200_000
     assert lost_by(lambda text: text, long) is None
     assert lost_by(lambda text: text[1:], long) == f"drops content of message 1 (user): '{'x' * 30}'"
-
-
-# --- choosing a template ---
-
-
-def test_the_tokenizers_own_template_is_the_default() -> None:
-    template = chat_template_for(tiny_tokenizer(), ModelSection(), Path(), {"key": 1})
-    assert (template.templates, template.kwargs, template.warning) == ({"default": CHATML}, {"key": 1}, None)
-
-
-def test_a_base_model_without_template_gets_one_that_ends_in_its_own_eos() -> None:
-    tokenizer = tiny_tokenizer(None)
-    tokenizer.eos_token = "<|endoftext|>"
-    template = chat_template_for(tokenizer, ModelSection(), Path(), {})
-    assert "no chat template" in str(template.warning)
-    assert template.end_of_turn_ids == (tokenizer.eos_token_id,)
-    (example,) = render(template, Message("system", "Be kind."), USER, ANSWER, USER, ANSWER)
-    assert example.text == (
-        "Be kind.\n\n### User:\nHi there\n\n### Assistant:\nHello you<|endoftext|>\n\n"
-        "### User:\nHi there\n\n### Assistant:\nHello you<|endoftext|>"
-    )
-    assert [example.text[slice(*span)] for span in example.spans] == ["Hello you<|endoftext|>"] * 2
-    assert "drops content of message 2 (tool)" in refusal(template, USER, RESULT, ANSWER)
-
-
-def test_the_plain_template_prints_bos_where_the_tokenizer_adds_one() -> None:
-    tokenizer = tiny_tokenizer(None)
-    assert "bos_token" not in chat_template_for(tokenizer, ModelSection(), Path(), {}).templates["default"]
-    tokenizer.add_bos_token = True
-    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    template = chat_template_for(tokenizer, ModelSection(), Path(), {})
-    assert template.generation_prompt([USER]).startswith("<|endoftext|>### User:\n")
-
-
-def test_a_template_file_is_relative_to_the_recipe(tmp_path: Path) -> None:
-    text = CHATML.replace("'\\n'", "'!'") + "{# mine #}"
-    (tmp_path / "mine.jinja").write_text(text, encoding="utf-8")
-    template = chat_template_for(tiny_tokenizer(), ModelSection(chat_template="mine.jinja"), tmp_path, {})
-    assert template.templates["default"] == text
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_built_in_templates(name: str) -> None:
-    template = chat_template_for(tiny_tokenizer(None), ModelSection(chat_template=name), Path(), {})
-    (example,) = render(template, USER, ANSWER, USER, ANSWER)
-    assert [example.text[slice(*span)] for span in example.spans] == ["Hello you<|im_end|>"] * 2
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("chatml", "needs tokens that the tokenizer lacks: <|im_start|>, <|im_end|>"),
-        (
-            "nothing.jinja",
-            "/nothing.jinja, and no built-in template nothing.jinja; give a Jinja file or one of chatml, plain",
-        ),
-        ("latin.jinja", "cannot read"),
-    ],
-)
-def test_refused_choices(name: str, expected: str, tmp_path: Path) -> None:
-    (tmp_path / "latin.jinja").write_bytes(b"\xff\xfe\xfa")
-    tokenizer = tokenizer_for("gemma")
-    with pytest.raises(UserError) as caught:
-        chat_template_for(tokenizer, ModelSection(chat_template=name), tmp_path, {})
-    assert expected in str(caught.value)
-    assert caught.value.problems[0].key == ("model", "chat_template")
-
-
-def test_no_template_and_no_eos_is_refused() -> None:
-    tokenizer = tiny_tokenizer(None)
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="neither a chat template nor an EOS token"):
-        chat_template_for(tokenizer, ModelSection(), Path(), {})

@@ -203,6 +203,16 @@ def test_after_a_difference_nothing_is_rendered_here() -> None:
     assert render([ANSWER], "asked") == "asked"
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_blank_texts_are_left_to_the_template(text: str) -> None:
+    watched = Watched(
+        "{% for m in messages %}{% if m.content | trim %}<{{ m.content }}>{% else %}-{% endif %}{% endfor %}"
+    )
+    assert watched.is_direct([USER, ANSWER])
+    blank = [USER, {"role": "assistant", "content": text}]
+    assert watched.render(blank) == watched.reference(blank) == "<Hi>-"
+
+
 def test_the_reference_words_errors() -> None:
     refusing = "{% if messages[0].content == 'bad' %}{{ raise_exception('no ' + messages[0].content) }}{% endif %}ok"
     watched = Watched(refusing)
@@ -215,7 +225,8 @@ def test_the_reference_words_errors() -> None:
 
 
 def test_without_transformers_private_name_the_reference_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = Watched(CHATML)
+    template = "{{ messages[0].content | upper }}"
+    watched = Watched(template)
     assert watched.is_direct([USER])
     monkeypatch.delattr(chat_template_utils, "_compile_jinja_template")
-    assert watched.renderer.render(CHATML, [USER], generation_prompt=False, reference=lambda: "asked") == "asked"
+    assert watched.renderer.render(template, [USER], generation_prompt=False, reference=lambda: "asked") == "asked"

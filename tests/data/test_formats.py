@@ -119,6 +119,7 @@ def test_roles_of_the_recipe_come_first() -> None:
     message = problem({"conversations": conversations})
     assert "data.json:1: conversations[0]: unknown role 'client'" in message
     assert "`roles: {client: assistant}`" in message
+    assert "`roles: {users: user}`" in problem({"messages": [{"role": "users", "content": "a"}]}, format="messages")
 
 
 # ---------------------------------------------------------------------------------------------------- messages
@@ -343,5 +344,11 @@ def test_all_bad_rows_are_reported_together() -> None:
         "data.json:5: the prompt is empty; fill it or remove the row",
     ]
     lines = problem(good, *[bad] * 30).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "data.json:2: completion must be text, a number or a list of them, it is missing (and 29 "
+    )
+    many = [{"prompt": "q", "completion": [{"role": f"role {number}", "content": "a"}]} for number in range(30)]
+    lines = problem(good, *many).splitlines()
     assert len(lines) == 21
     assert lines[-1] == "data.json: 10 more of 30 problems are not shown"

@@ -9,9 +9,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import NO_TARGET, Encoder, EncodeResult
 from ftkit.data.plan import Plan, make_plan
+from ftkit.data.template_choice import chat_template_for
 from ftkit.data.types import IGNORE, Document, Example, Text
 from ftkit.errors import UserError
 from ftkit.recipe.schema import (
@@ -423,3 +423,6 @@ def test_data_sets_of_a_held_out_cluster_drop_out(tmp_path: Path) -> None:
     assert "not trained on, since all rows are of a cluster that is left out: a" in plan.warnings
     with pytest.raises(UserError, match="leave no row to train on"):
         plan_of(tmp_path, recipe(sets, exclude_clusters=("one", "two")))
+    with pytest.raises(UserError, match="there is no cluster tow in data"):
+        plan_of(tmp_path, recipe(sets, exclude_clusters=("one", "tow")))
+    assert plan_of(tmp_path, recipe(sets, exclude_clusters=("one", "sentiment"))).dataset_names == ["b"]

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ftkit.data.chat import chat_template_for
 from ftkit.data.encode import Encoder
 from ftkit.data.phrasings import PhrasingSet, PhrasingsSection
 from ftkit.data.plan import Plan, make_plan
-from ftkit.data.variants import choose_variants, measured_jobs
+from ftkit.data.template_choice import chat_template_for
+from ftkit.data.variants import choose_variants, job_type, measured_jobs, most_shots
 from ftkit.recipe.schema import DataSection, DatasetSection, LoraMethod, ModelSection, Recipe, TrainingSection
 from tests.tiny_models import tiny_tokenizer
 
@@ -21,15 +21,20 @@ PHRASINGS: dict[str, Any] = {"target": "a", "rationale": "why", "phrasings": ["Q
 ROWS = 4000
 
 
+def section(**keys: Any) -> DatasetSection:
+    return DatasetSection(path="x", templates="test", **keys)
+
+
 def variants(epoch: int = 0, seed: int = 0, **keys: Any) -> np.ndarray:
     positions = np.arange(ROWS)
     return choose_variants(
         0,
         positions,
         PhrasingSet("test", PhrasingsSection.model_validate(PHRASINGS)),
-        DatasetSection(path="x", templates="test", **keys),
+        section(**keys),
         positions % 2 == 0,
         positions,
+        shots=keys.get("shots", 0),
         name="test",
         epoch=epoch,
         seed=seed,
@@ -62,7 +67,9 @@ def test_solved_examples_stand_before_a_share_and_are_other_rows() -> None:
         drawn = shots[row][:2].tolist()
         assert row not in drawn
         assert len(set(drawn)) == 2
-    assert (variants()["shots"] == -1).all()
+    assert variants()["shots"].shape == (ROWS, 0)
+    assert most_shots([section(few_shot=0.25, shots=2), section(shots=5), section()]) == 2
+    assert job_type(0).itemsize == 14
 
 
 def test_rows_that_are_measured_are_asked_directly_and_always_alike() -> None:

@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from io import StringIO
 
@@ -150,31 +148,6 @@ def test_a_model_equals_itself(tuned: PreTrainedModel) -> None:
     for comparison in report.comparisons:
         assert (comparison.difference, comparison.interval, comparison.significant) == (0.0, (0.0, 0.0), False)
     assert report == evaluate_models(pair, [color_task()])
-
-
-def test_two_contestants_may_share_one_model(tuned: PreTrainedModel) -> None:
-    """As the base is the tuned model with its adapters off."""
-    weights = tuned.lm_head.weight
-
-    @contextmanager
-    def without_tuning() -> Iterator[None]:
-        kept = weights.detach().clone()
-        with torch.no_grad():
-            weights.copy_(torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)))
-        yield
-        with torch.no_grad():
-            weights.copy_(kept)
-
-    task = color_task(("exact_match",))
-    contestants = [
-        Contestant("tuned", tuned, chat_prompts()),
-        Contestant("base", tuned, chat_prompts(), active=without_tuning),
-        Contestant("again", tuned, chat_prompts()),
-    ]
-    report = evaluate_models(contestants, [task])
-    assert [result.score for result in report.results] == [1.0, 0.0, 1.0]
-    compared = [(pair.base_model, pair.base, pair.tuned) for pair in report.comparisons]
-    assert compared == [("base", 0, 1), ("again", 1, 1)]
 
 
 def test_scores_do_not_depend_on_the_batches(tuned: PreTrainedModel) -> None:

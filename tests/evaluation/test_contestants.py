@@ -5,14 +5,17 @@ import torch
 
 from ftkit.data.types import Conversation, Message
 from ftkit.errors import UserError
+from ftkit.evaluation import contestants
+from ftkit.evaluation.compare import evaluate_models
 from ftkit.evaluation.contestants import leading_target, load_contestants
 from ftkit.evaluation.items import Item
 from ftkit.evaluation.metrics import Truth
 from ftkit.methods.files import BaseIdentity
-from ftkit.models.load import fingerprint
+from ftkit.models.load import fingerprint, load_weights
 from ftkit.recipe.load import dump_recipe, load_recipe
 from ftkit.runs import ENVIRONMENT, RECIPE, find_target
-from tests.artifacts.adapters import open_base, write_pair
+from tests.artifacts.adapters import open_base, whole_model, write_pair, write_second
+from tests.evaluation.test_compare import color_task
 from tests.methods.cases import SECTIONS, applied, logits, method_of, perturb
 from tests.tiny_models import CHATML, save_tiny, tiny_tokenizer
 from tests.tiny_runs import write_recipe
@@ -86,3 +89,56 @@ def test_an_adapter_of_any_method_computes_in_bfloat16(case, tmp_path):
     assert rounded.dtype == torch.bfloat16
     # bfloat16 keeps 8 bits; two layers and the head add a few roundings.
     assert (rounded - exact).abs().max() < 2**-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_of_one_base_share_its_weights_and_compute_what_they_compute_alone(dtype, tmp_path, monkeypatch):
+    base = save_tiny(tmp_path / "base")
+    for name in ("lora", "lora-dora", "adapter"):
+        model = applied("llama", name)
+        perturb(model)
+        identity = BaseIdentity(str(base), None, fingerprint(open_base(base)))
+        method_of(name).save(model, SECTIONS[name], tmp_path / name, identity)
+    targets = [find_target(str(tmp_path / name)) for name in ("lora", "lora-dora", "base", "adapter")]
+
+    def load_together(targets):
+        return load_contestants(targets, mode="raw", dtype=dtype, device=torch.device("cpu"))
+
+    alone = [logits(load_together([target])[0].model) for target in targets]
+    loaded = count_loads(monkeypatch)
+    models = [contestant.model for contestant in load_together(targets)]
+    assert len(loaded) == 1
+    shared = {parameter.data_ptr() for parameter in models[2].parameters()}
+    assert all(shared <= {parameter.data_ptr() for parameter in model.parameters()} for model in models)
+    # In any order, and again: nothing that one of them does is seen by another.
+    for index in (0, 3, 1, 2, 0, 2):
+        assert torch.equal(logits(models[index]), alone[index]), index
+    assert len({tensor.sum().item() for tensor in alone}) == 4
+
+
+def test_two_adapters_are_compared_with_the_scores_of_separate_loads(tmp_path, monkeypatch):
+    pair = write_pair(tmp_path)
+    second = write_second(pair, tmp_path / "second", targets="all-linear")
+    targets = [pair.target, second, whole_model(pair.base)]
+
+    def scores(targets):
+        found = load_contestants(targets, mode="raw", dtype=torch.float32, device=torch.device("cpu"))
+        return [result.score for result in evaluate_models(found, [color_task(("perplexity",))]).results]
+
+    separate = [scores([target])[0] for target in targets]
+    loaded = count_loads(monkeypatch)
+    assert scores(targets) == separate
+    assert len(loaded) == 1
+    assert len(set(separate)) == 3
+
+
+def count_loads(monkeypatch):
+    """A list that gets the base of every model whose weights are read from now on."""
+    loaded = []
+
+    def counting(base, **keywords):
+        loaded.append(base)
+        return load_weights(base, **keywords)
+
+    monkeypatch.setattr(contestants, "load_weights", counting)
+    return loaded

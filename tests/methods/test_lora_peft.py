@@ -150,7 +150,6 @@ def edited(directory, **changes) -> None:
         ("bias", "all"),
         ("lora_bias", True),
         ("trainable_token_indices", [1]),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
         ("init_lora_weights", "pissa"),
         ("invented_later", {"by": "peft"}),

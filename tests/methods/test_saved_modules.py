@@ -223,5 +223,5 @@ def test_what_cannot_be_right_is_refused(modules, message):
 def test_names_for_peft_match_nothing_else():
     """peft takes every path that ends in a name: `norm` would be all of Llama's norms."""
     model = model_of("llama", ("model.norm",))
-    assert lora.saved_names(model) == ["model.norm"]
-    assert lora.saved_names(model_of("mistral", ("lm_head",))) == ["lm_head"]
+    assert lora.saved_module_names(model) == ["model.norm"]
+    assert lora.saved_module_names(model_of("mistral", ("lm_head",))) == ["lm_head"]
