@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from ftkit.errors import FtkitError, UserError
 from ftkit.failures import LATER_VERBS, interrupted, known_failure, usage_error
-from ftkit.options import Dtype, Offline, Overrides, Overwrite, RecipeFile, RemoteCode, Target
+from ftkit.options import Base, Dtype, Json, Offline, Overrides, Overwrite, RecipeFile, RemoteCode, Target
 
 
 class Verbs(TyperGroup):
@@ -112,7 +112,7 @@ def train(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
     offline: Offline = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -156,9 +156,7 @@ def merge(
         list[str],
         typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; weight 0.5 adds half, -1 subtracts."),
     ],
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Base model; default the one that the adapter names.")
-    ] = None,
+    base: Base = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/merged, for one adapter.")
     ] = None,
@@ -252,17 +250,15 @@ def inspect(
     other: Annotated[
         str | None, typer.Argument(metavar="[OTHER]", help="A second adapter: which directions do they share?")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Base model; default the one that it was trained on.")
-    ] = None,
+    base: Base = None,
     left: Annotated[
         bool, typer.Option("--left", help="With OTHER: the directions that updates write to (B), not read (A).")
     ] = False,
     modules: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only these, e.g. q_proj; may be repeated.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw a heat map.")] = None,
+    json: Json = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw a heat map.")] = None,
     overwrite: Overwrite = False,
     offline: Offline = False,
     trust_remote_code: RemoteCode = False,
@@ -277,7 +273,7 @@ def inspect(
         left=left,
         modules=modules or [],
         json=json,
-        plot=plot,
+        output=output,
         overwrite=overwrite,
         offline=offline,
         trust_remote_code=trust_remote_code,

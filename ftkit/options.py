@@ -23,6 +23,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Move what is in th
 Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
 ]
+Base = Annotated[str | None, typer.Option(metavar="MODEL", help="Base model; default the one that it was trained on.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Offline = Annotated[bool, typer.Option("--offline", callback=go_offline, help="Use cached files only, no network.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's repository.")

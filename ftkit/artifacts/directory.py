@@ -69,17 +69,14 @@ def _make_parent(output: Path) -> None:
         raise UserError(what, how="choose another --output") from None
 
 
-def check_free(output: Path, *, overwrite: bool, option: str = "--output") -> None:
+def check_free(output: Path, *, overwrite: bool) -> None:
     """Check that `output` does not exist, is empty, or may be moved aside: before hours of work, not after.
-
-    Args:
-        option: the one of the command line that names it.
 
     Raises:
         UserError: it is taken.
     """
     if not overwrite and _is_taken(output):
-        raise UserError(f"{output} exists already", how=f"choose another {option}, or --overwrite moves it aside")
+        raise UserError(f"{output} exists already", how="choose another --output, or --overwrite moves it aside")
 
 
 def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:

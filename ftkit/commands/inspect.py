@@ -24,7 +24,7 @@ def inspect(
     left: bool = False,
     modules: Sequence[str] = (),
     json: bool = False,
-    plot: Path | None = None,
+    output: Path | None = None,
     overwrite: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
@@ -36,21 +36,21 @@ def inspect(
         left: compare the directions that updates write to, in place of those that they read.
         modules: only these, as `targets` names them.
         json: print one object instead.
-        plot: an SVG file to draw a heat map into.
-        overwrite: move a `plot` that exists to `NAME.old-1`.
+        output: an SVG file to draw a heat map into.
+        overwrite: move an `output` that exists to `NAME.old-1`.
     """
     console = Console(quiet=json)
-    if plot is not None:
-        _check_plot(plot, overwrite=overwrite)
+    if output is not None:
+        _check_output(output, overwrite=overwrite)
     if other is not None:
         if base is not None:
             raise UserError("two adapters are compared without their base", how="leave --base out")
-        _print_comparison(target, other, console, left=left, modules=modules, json=json, plot=plot)
+        _print_comparison(target, other, console, left=left, modules=modules, json=json, output=output)
         return
     if left:
         raise UserError("--left is about the comparison of two adapters", how="name both, or leave it out")
     options = {"offline": offline, "trust_remote_code": trust_remote_code}
-    _print_inspection(_inspect(target, base, console, modules, options), console, json=json, plot=plot)
+    _print_inspection(_inspect(target, base, console, modules, options), console, json=json, output=output)
 
 
 # ------------------------------------------------------------------------------------------------- one model
@@ -129,7 +129,7 @@ def _base_of(target: "Target", base: str | None, options: dict[str, bool]) -> "B
     return target.base
 
 
-def _print_inspection(inspection: "Inspection", console: Console, *, json: bool, plot: Path | None) -> None:
+def _print_inspection(inspection: "Inspection", console: Console, *, json: bool, output: Path | None) -> None:
     from ftkit.artifacts.inspection_report import inspection_json, inspection_panels, inspection_tables
 
     for table in inspection_tables(inspection):
@@ -138,16 +138,16 @@ def _print_inspection(inspection: "Inspection", console: Console, *, json: bool,
     _print_notes(inspection.notes, console)
     if json:
         sys.stdout.write(json_module.dumps(inspection_json(inspection)) + "\n")
-    if plot is not None:
+    if output is not None:
         title = f"{inspection.label}: share of |dW|^2 in the k largest singular values of dW"
-        _draw(plot, inspection_panels(inspection), console, title=title, rows="rows: W", columns="columns: k")
+        _draw(output, inspection_panels(inspection), console, title=title, rows="rows: W", columns="columns: k")
 
 
 # ------------------------------------------------------------------------------------------------ two adapters
 
 
 def _print_comparison(
-    one: str, other: str, console: Console, *, left: bool, modules: Sequence[str], json: bool, plot: Path | None
+    one: str, other: str, console: Console, *, left: bool, modules: Sequence[str], json: bool, output: Path | None
 ) -> None:
     from dataclasses import replace
 
@@ -164,10 +164,10 @@ def _print_comparison(
     _print_notes(comparison.notes, console)
     if json:
         sys.stdout.write(json_module.dumps(comparison_json(comparison)) + "\n")
-    if plot is not None:
+    if output is not None:
         title = f"phi(i, j) of the {'left singular vectors of B' if left else 'right singular vectors of A'}"
         rows, columns = f"rows: the first i of {one}", f"columns: the first j of {other}"
-        _draw(plot, comparison_panels(comparison), console, title=title, rows=rows, columns=columns)
+        _draw(output, comparison_panels(comparison), console, title=title, rows=rows, columns=columns)
 
 
 def _compared(text: str) -> Path:
@@ -195,7 +195,7 @@ def _common_seed(directories: tuple[Path, Path]) -> int | None:
 # ---------------------------------------------------------------------------------------------------- output
 
 
-def _check_plot(plot: Path, *, overwrite: bool) -> None:
+def _check_output(output: Path, *, overwrite: bool) -> None:
     """Before anything is computed.
 
     Raises:
@@ -203,14 +203,15 @@ def _check_plot(plot: Path, *, overwrite: bool) -> None:
     """
     from ftkit.artifacts.directory import check_free
 
-    if plot.suffix.lower() != ".svg":
-        raise UserError(f"{plot}: pictures are SVG files, which every browser shows", how="--plot NAME.svg")
-    if plot.is_dir():
-        raise UserError(f"{plot} is a directory", how="name a file: --plot NAME.svg")
-    check_free(plot, overwrite=overwrite, option="--plot")
+    if output.suffix.lower() != ".svg":
+        raise UserError(f"{output}: pictures are SVG files, which every browser shows", how="--output NAME.svg")
+    if output.is_dir():
+        raise UserError(f"{output} is a directory", how="name a file: --output NAME.svg")
+    check_free(output, overwrite=overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _draw(plot: Path, panels: "Sequence[Panel]", console: Console, *, title: str, rows: str, columns: str) -> None:
+def _draw(output: Path, panels: "Sequence[Panel]", console: Console, *, title: str, rows: str, columns: str) -> None:
     from ftkit.artifacts.heat_map import draw
     from ftkit.models.files import storage_errors
     from ftkit.runs import move_aside, write_whole
@@ -218,12 +219,11 @@ def _draw(plot: Path, panels: "Sequence[Panel]", console: Console, *, title: str
     if not panels:
         console.line("note: nothing changed, so there is nothing to draw")
         return
-    plot.parent.mkdir(parents=True, exist_ok=True)
-    with storage_errors(f"cannot write {plot}", how="free space, or choose another --plot"):
-        if plot.exists():
-            move_aside(plot)
-        write_whole(plot, draw(panels, title=title, rows=rows, columns=columns))
-    console.line(f"written to {plot}", style="bold")
+    with storage_errors(f"cannot write {output}", how="free space, or choose another --output"):
+        if output.exists():
+            move_aside(output)
+        write_whole(output, draw(panels, title=title, rows=rows, columns=columns))
+    console.line(f"written to {output}", style="bold")
 
 
 def _print_notes(notes: Sequence[str], console: Console) -> None:
