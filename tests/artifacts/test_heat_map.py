@@ -83,8 +83,8 @@ def test_panels_stay_on_the_page_and_apart() -> None:
     assert len({y for _, y, _, _ in boxes}) == 3
     assert all(x >= MARGIN and x + width <= PAGE for x, _, width, _ in boxes)
     for index, (x, y, width, height) in enumerate(boxes):
-        for a, b, w, h in boxes[index + 1 :]:
-            assert a >= x + width or b >= y + height or x >= a + w
+        for other_x, other_y, *_ in boxes[index + 1 :]:
+            assert other_x >= x + width or other_y >= y + height
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     assert all(x + w <= width and y + h <= height for x, y, w, h in boxes)
 
