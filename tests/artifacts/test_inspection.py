@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,13 @@ def dense_updates(directory: Path, scale: float) -> dict[str, Tensor]:
     return found
 
 
+def rename(directory: Path, old: str, new: str) -> None:
+    """Change what the names of a model's weights begin with."""
+    (file,) = directory.glob("*.safetensors")
+    state = {re.sub(rf"^{re.escape(old)}", new, name): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+
+
 # --- LoRA
 
 
@@ -134,8 +142,9 @@ def test_a_pissa_is_the_lora_of_twice_the_rank_that_is_saved(tmp_path: Path) -> 
         check_low_rank(change, updates[change.name], weights[f"{change.name}.weight"], 4)
 
 
-def test_modules_that_trained_in_full_are_compared_with_the_base(tmp_path: Path) -> None:
-    """The tied head is the embedding, and stands once; norms have no spectrum."""
+@pytest.mark.parametrize("stored", ["model.embed_tokens", "lm_head"])
+def test_modules_that_trained_in_full_are_compared_with_the_base(stored: str, tmp_path: Path) -> None:
+    """The tied head is the embedding, and stands once, under the name in the base's files; norms have no spectrum."""
     saved = ("embed_tokens", "lm_head", "input_layernorm")
     section = LoraMethod(type="lora", rank=2, alpha=4.0, targets=("q_proj",), modules_to_save=saved)
     pair = second(write_pair(tmp_path), tmp_path / "other", section)
@@ -144,10 +153,11 @@ def test_modules_that_trained_in_full_are_compared_with_the_base(tmp_path: Path)
     # Trained as one, and saved under both names.
     state["base_model.model.lm_head.weight"] = state[name].clone()
     save_file(state, file)
+    rename(pair.base_directory, "model.embed_tokens", stored)
     inspection = inspected(pair)
     (change,) = [change for change in inspection.changes if change.rank is None]
-    assert change.name == "model.embed_tokens"
-    weight = tensors(pair.base_directory)["model.embed_tokens.weight"].double()
+    assert change.name == stored
+    weight = tensors(pair.base_directory)[f"{stored}.weight"].double()
     values = np.linalg.svd((state[name].double() - weight).numpy(), compute_uv=False)
     np.testing.assert_allclose(change.spectrum.values_K.numpy(), values, rtol=1e-8)
     assert change.relative_norm == pytest.approx(float(np.linalg.norm(values) / weight.norm()))
@@ -334,6 +344,18 @@ def test_weights_that_the_base_lacks_are_named(tmp_path: Path) -> None:
         "files hold no weight of this name and shape; save both with the same transformers' save_pretrained to compare "
         "them"
     )
+
+
+def test_names_with_and_without_the_models_prefix(tmp_path: Path) -> None:
+    """The hub's GPT-2 leaves it out, and models saved by transformers have it."""
+    pair = write_pair(tmp_path, "gpt2", targets=("c_attn",))
+    tuned = write_tuned(pair, tmp_path / "tuned", {})
+    rename(pair.base_directory, "transformer.", "")
+    for one, other in ((open_base(tuned), pair.base), (pair.base, open_base(tuned))):
+        inspection = inspect_model("t", one, other, console=QUIET)
+        assert len(inspection.changes) == 2 + 2 * 4
+        assert len(inspection.notes) == 1
+    assert len(inspected(pair).changes) == 2
 
 
 def test_stacks_of_experts_of_a_full_run_are_taken_apart(tmp_path: Path) -> None:

@@ -135,12 +135,13 @@ def test_of_a_pissa_the_update_is_compared(tmp_path: Path) -> None:
     """Its saved A holds the base's own directions, which two PiSSAs have in common before they learn anything."""
     pair = write_pair(tmp_path)
     for seed in (1, 2):
-        section = LoraMethod(type="lora", rank=2, alpha=4.0, targets=("q_proj",), init="pissa")
+        section = LoraMethod(type="lora", rank=2, alpha=4.0, targets=("k_proj",), init="pissa")
         write_lora(pair.base, section, tmp_path / str(seed), seed=seed)
     comparison = compare(tmp_path / "1", tmp_path / "2")
     assert "a PiSSA's A and B hold what they began with too" in comparison.notes[0]
     # Noise of 2 x 2 directions on A and as many on B, all of them drawn apart.
-    assert {module.phi.shape for module in comparison.modules} == {(4, 4)}
+    assert {(module.phi.shape, module.width) for module in comparison.modules} == {((4, 4), 32)}
+    assert {module.width for module in compare(tmp_path / "1", tmp_path / "2", left=True).modules} == {16}
     assert not any(float(module.phi[0, 0]) > 0.9 for module in comparison.modules)
     assert "PiSSA" not in "".join(compare(pair.adapter, pair.adapter).notes)
 
