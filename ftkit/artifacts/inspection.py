@@ -23,7 +23,14 @@ from ftkit.errors import UserError
 from ftkit.methods.base import ComputeDelta, Replacement
 from ftkit.methods.lora_experts import ExpertsDelta
 from ftkit.methods.lora_saved import LowRankDelta, expert_by_expert, read_saved
-from ftkit.methods.spectrum import Spectrum, amplification, decompose, decompose_product, spectrum_of_difference
+from ftkit.methods.spectrum import (
+    Spectrum,
+    amplification,
+    chance_amplification,
+    decompose,
+    decompose_product,
+    spectrum_of_difference,
+)
 from ftkit.methods.targets import matches_name
 from ftkit.models.load import BaseModel, local_directory
 from ftkit.runs import Target
@@ -47,6 +54,14 @@ class Change:
     """|dW| / |W|, Frobenius norms; None without a base, or where W is zero."""
     amplification: float | None
     """See `spectrum.amplification`; None without a base, and for a matrix that trained in full."""
+
+    @property
+    def chance(self) -> float | None:
+        """What `amplification` would be if the directions of dW had nothing to do with W; None where that is."""
+        if self.rank is None or self.relative_norm is None or self.amplification is None:
+            return None
+        count = min(self.rank, int((self.spectrum.values_K > 0).sum()))
+        return chance_amplification(self.relative_norm, count, self.shape)
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,12 @@ def inspection_panels(inspection: Inspection) -> list[Panel]:
 def _low_rank_table(changes: Sequence[Change], *, with_base: bool) -> Table:
     columns = [("module", "left"), ("rank", "right"), ("largest", "right"), ("singular values", "left")]
     columns += [("effective rank", "right"), ("90%", "right")]
-    columns += [("|dW|/|W|", "right"), ("amplification", "right")] if with_base else [("|dW|", "right")]
+    with_weight = [("|dW|/|W|", "right"), ("amplification", "right"), ("by chance", "right")]
+    columns += with_weight if with_base else [("|dW|", "right")]
     table = make_table("updates dW of the weights W", columns)
     for change in changes:
         spectrum = change.spectrum
-        sizes = [change.relative_norm, change.amplification] if with_base else [spectrum.norm]
+        sizes = [change.relative_norm, change.amplification, change.chance] if with_base else [spectrum.norm]
         values = spectrum.values_K.tolist()
         table.add_row(
             change.name,
@@ -93,6 +94,7 @@ def _change_json(change: Change) -> dict[str, Any]:
         "norm": spectrum.norm,
         "relative_norm": change.relative_norm,
         "amplification": change.amplification,
+        "amplification_by_chance": change.chance,
         "effective_rank": spectrum.effective_rank,
         "rank_holding": {name: spectrum.rank_holding(share) for name, share in SHARES.items()},
         "singular_values": spectrum.values_K.tolist(),

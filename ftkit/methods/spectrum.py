@@ -10,6 +10,7 @@ in float64. Singular values below 1e-6 of the largest cannot be told from roundi
 Shape suffixes: I input width, O output width, R rank of the factors, K number of singular values, D any width.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -128,6 +129,16 @@ def amplification(update: Decomposition, norm: float, weight_OI: Tensor) -> floa
         projected += (u.t() @ weight) @ update.v_IK
     there = float(torch.linalg.vector_norm(projected))
     return norm / there if there > 0 else None
+
+
+def chance_amplification(relative_norm: float, count: int, shape: tuple[int, int]) -> float:
+    """The amplification of an update with `count` random directions: |W| count / sqrt(O I) of W lies in these.
+
+    Args:
+        relative_norm: |dW| / |W|.
+        shape: O and I.
+    """
+    return relative_norm * math.sqrt(shape[0] * shape[1]) / count
 
 
 def directions(matrix_DR: Tensor) -> Tensor:

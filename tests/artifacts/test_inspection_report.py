@@ -33,7 +33,7 @@ def test_what_an_adapter_changed_and_what_trained_in_full_are_two_tables() -> No
     low = change([4.0, 2.0], relative_norm=0.01234, amplification=21.52)
     full = change([3.0, 1.0], name="lm_head", rank=None, relative_norm=0.5)
     one, other = inspection_tables(inspection(low, full))
-    assert rows(one) == [["q_proj", "4", "4", f"{BARS[7]}{BARS[4]}", "1.9", "2", "0.0123", "21.5"]]
+    assert rows(one) == [["q_proj", "4", "4", f"{BARS[7]}{BARS[4]}", "1.9", "2", "0.0123", "21.5", "0.0698"]]
     assert rows(other) == [["lm_head", "8", "x", "16", "0.5", "1.8", "1", "1", "2"]]
     assert [rows(table)[0][0] for table in inspection_tables(inspection(low))] == ["q_proj"]
     assert [rows(table)[0][0] for table in inspection_tables(inspection(full))] == ["lm_head"]

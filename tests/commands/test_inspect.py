@@ -75,7 +75,17 @@ def test_a_run_has_a_row_for_each_layer(runs: Path, capsys: pytest.CaptureFixtur
     lines = shown(capsys, runs / "r4").splitlines()
     assert lines[0] == "updates dW of the weights W"
     assert re.split(r"  +", lines[1].strip()) == [
-        *("module", "rank", "largest", "singular values", "effective rank", "90%", "|dW|/|W|", "amplification"),
+        *(
+            "module",
+            "rank",
+            "largest",
+            "singular values",
+            "effective rank",
+            "90%",
+            "|dW|/|W|",
+            "amplification",
+            "by chance",
+        ),
     ]
     assert len(lines) == 2 + 14 + 1
     assert lines[2].startswith("model.layers.0.mlp.down_proj ")
@@ -102,6 +112,7 @@ def test_the_json_holds_what_the_files_say(runs: Path, capsys: pytest.CaptureFix
     assert {key: module[key] for key in expected} == expected
     assert list(module["rank_holding"]) == ["50%", "90%", "99%"]
     assert module["amplification"] > 0
+    assert module["amplification_by_chance"] == pytest.approx(module["relative_norm"] * 32 / 4)
     assert content["notes"] == []
 
 
@@ -328,6 +339,7 @@ def test_an_adapter_that_has_not_trained(tmp_path: Path, runs: Path, capsys: pyt
     for module in content["modules"]:
         assert (module["singular_values"], module["norm"], module["effective_rank"]) == ([], 0, 0)
         assert (module["relative_norm"], module["amplification"]) == (0, None)
+        assert module["amplification_by_chance"] is None
         assert module["rank_holding"] == {"50%": 0, "90%": 0, "99%": 0}
     assert " 0.0 " in shown(capsys, tmp_path / "new")
 

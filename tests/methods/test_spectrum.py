@@ -10,6 +10,7 @@ from ftkit.methods import spectrum as module
 from ftkit.methods.spectrum import (
     Spectrum,
     amplification,
+    chance_amplification,
     chance_similarity,
     decompose,
     decompose_product,
@@ -149,6 +150,21 @@ def test_amplification_of_the_weights_own_directions_and_of_foreign_ones() -> No
     nothing = decompose_product(v_IK[:, :2].t(), 0 * u_OK[:, :2], 1.0)
     assert amplification(nothing, 0.0, weight_OI) is None
     assert amplification(own, own.spectrum.norm, torch.zeros(OUT, IN)) is None
+
+
+def test_chance_is_what_random_directions_amplify() -> None:
+    """In the paper's table 7 as well: 12,288 wide, |W| = 61.95, of which 4 random directions hold 0.02, and 64 0.33."""
+    weight_OI, found = random(OUT, IN), []
+    for seed in range(1, 300):
+        update = decompose_product(orthonormal(IN, 4, seed=2 * seed).t(), orthonormal(OUT, 4, seed=2 * seed + 1), 1.0)
+        ratio = amplification(update, update.spectrum.norm, weight_OI)
+        assert ratio is not None
+        found.append(1 / ratio**2)
+    relative_norm = 2 / float(torch.linalg.matrix_norm(weight_OI))
+    mean = (sum(found) / len(found)) ** -0.5
+    assert mean == pytest.approx(chance_amplification(relative_norm, 4, (OUT, IN)), rel=0.03)
+    for count, inside in ((4, 0.02), (64, 0.33)):
+        assert 1 / chance_amplification(1 / 61.95, count, (12288, 12288)) == pytest.approx(inside, rel=0.03)
 
 
 # --- similarity
