@@ -17,6 +17,8 @@ RANKS_SHOWN = (1, 2, 4, 8)
 """i = j of the similarities in the table, beside that of all directions."""
 COLUMNS_DRAWN = 32
 """Ranks that a picture has a column for; where there are more, powers of two."""
+PANEL_SIDE, MIN_CELL = 160, 3
+"""Pixels of a similarity's panel, about, and of the smallest of its cells."""
 NOTHING = "-"
 
 
@@ -146,9 +148,9 @@ def comparison_panels(comparison: Comparison) -> list[Panel]:
     for module in comparison.modules:
         if module.phi.numel():
             i, j = module.phi.shape
-            side = max(2, 160 // max(i, j))
-            values = module.phi.tolist()
-            panels.append(Panel(module.name, values, ends_labelled(i), ends_labelled(j), cell=(side, side)))
+            # About as high as wide, as the paper's, also where the ranks are far apart.
+            cell = max(MIN_CELL, PANEL_SIDE // j), max(MIN_CELL, PANEL_SIDE // i)
+            panels.append(Panel(module.name, module.phi.tolist(), ends_labelled(i), ends_labelled(j), cell))
     return panels
 
 

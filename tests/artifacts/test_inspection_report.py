@@ -72,4 +72,4 @@ def test_similarities_of_a_layer_that_does_nothing_are_left_out() -> None:
     comparison = Comparison(("a", "b"), modules, ())
     assert rows(comparison_table(comparison))[1] == ["k_proj", "4", "x", "0", "-", "-"]
     (panel,) = comparison_panels(comparison)
-    assert (panel.title, panel.cell, panel.values) == ("q_proj", (20, 20), phi.tolist())
+    assert (panel.title, panel.cell, panel.values) == ("q_proj", (20, 40), phi.tolist())
