@@ -44,7 +44,12 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
 
 
 def inspection_panels(inspection: Inspection) -> list[Panel]:
-    """One panel: a row for each matrix, a column for each rank k, and the share of |dW|^2 that rank k holds."""
+    """One panel: a row for each matrix, a column for each rank k, and the share of |dW|^2 that rank k holds.
+
+    None where there are only vectors.
+    """
+    if not inspection.changes:
+        return []
     ranks = _ranks_drawn(max(len(change.spectrum.values_K) for change in inspection.changes))
     values = [[change.spectrum.share_held(rank) for rank in ranks] for change in inspection.changes]
     names = [change.name for change in inspection.changes]

@@ -217,7 +217,7 @@ def _draw(output: Path, panels: "Sequence[Panel]", console: Console, *, title: s
     from ftkit.runs import move_aside, write_whole
 
     if not panels:
-        console.line("note: nothing changed, so there is nothing to draw")
+        console.line("note: there is nothing to draw")
         return
     with storage_errors(f"cannot write {output}", how="free space, or choose another --output"):
         if output.exists():

@@ -46,7 +46,7 @@ def test_every_value_is_a_cell_of_its_colour() -> None:
 
 def test_colours_lie_between_their_neighbours_and_values_outside_take_the_ends() -> None:
     assert colour(0.125) == tuple(round((a + b) / 2) for a, b in zip(COLOURS[0], COLOURS[1], strict=True))
-    assert (colour(-1e-9), colour(1 + 1e-9)) == (COLOURS[0], COLOURS[-1])
+    assert (colour(-0.5), colour(1.5)) == (COLOURS[0], COLOURS[-1])
 
 
 def test_brightness_grows_with_the_value() -> None:

@@ -269,6 +269,16 @@ def test_what_needs_the_base_is_said(tmp_path: Path) -> None:
         inspect_factors("x", second(pair, tmp_path / "dora", section).adapter)
 
 
+def test_embeddings_with_factors_of_their_own_are_refused(tmp_path: Path) -> None:
+    """As peft writes them where `target_modules` names an embedding."""
+    pair = write_pair(tmp_path)
+    file = pair.adapter / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.lora_embedding_A"
+    save_file(load_file(file) | {name: torch.zeros(4, 320)}, file)
+    with pytest.raises(UserError, match=r"holds .*lora_embedding_A, which is of no linear layer; merge it into its"):
+        inspect_factors("x", pair.adapter)
+
+
 # --- full runs
 
 

@@ -342,6 +342,19 @@ def test_an_adapter_that_has_not_trained(tmp_path: Path, runs: Path, capsys: pyt
         assert module["amplification_by_chance"] is None
         assert module["rank_holding"] == {"50%": 0, "90%": 0, "99%": 0}
     assert " 0.0 " in shown(capsys, tmp_path / "new")
+    picture = tmp_path / "two.svg"
+    text = shown(capsys, tmp_path / "new", runs / "r4", "--left", "--output", picture)
+    assert text.endswith("note: there is nothing to draw\n")
+    assert not picture.exists()
+
+
+def test_vectors_alone(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have no spectrum, no row and no picture."""
+    picture = tmp_path / "norms.svg"
+    lines = shown(capsys, runs / "full", "--modules", "input_layernorm", "--output", picture).splitlines()
+    assert re.match(r"note: 2 vectors \(norms, biases\) moved by .*%", lines[0])
+    assert lines[1:] == ["note: there is nothing to draw"]
+    assert not picture.exists()
 
 
 # --- no network
