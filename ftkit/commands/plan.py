@@ -36,7 +36,13 @@ def _plan(loaded: LoadedRecipe, *, json: bool, offline: bool, trust_remote_code:
     prepared.print(console)
     result = estimate(prepared, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if json:
-        sys.stdout.write(json_module.dumps(result.to_json()) + "\n")
+        planned = prepared.plan
+        values = result.to_json() | {
+            "mixture": [counts.to_json() for counts in planned.counts],
+            "validation": [counts.to_json() for counts in planned.validation_counts],
+            "warnings": prepared.warnings,
+        }
+        sys.stdout.write(json_module.dumps(values, ensure_ascii=False) + "\n")
         return
     share = 100 * result.trainable_parameters / result.parameters
     memory = result.memory_bytes

@@ -2,7 +2,9 @@
 
 import json as json_module
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,11 @@ from ftkit.errors import FtkitError, UserError
 from ftkit.recipe.load import LoadedRecipe, load_recipe
 
 if TYPE_CHECKING:
-    from ftkit.data.types import EncodedExample
+    from transformers import PreTrainedTokenizerBase
+
+    from ftkit.data.corpus import Corpus
+    from ftkit.data.plan import Plan
+    from ftkit.data.types import EncodedExample, Example
     from ftkit.training.prepare import Prepared
 
 EXAMPLES_SHOWN = 2
@@ -19,6 +25,8 @@ EXAMPLES_SHOWN = 2
 TRAINED, CONTEXT = "bold green", "dim"
 OPEN, CLOSE = "⟦", "⟧"
 """Around trained tokens where there are no colours."""
+TRAIN, VALIDATION = "train", "validation"
+"""The parts of a run's data."""
 BUCKETS = 24
 
 
@@ -66,90 +74,122 @@ def _preview(
     # 1. The whole plan: the same rows, draws and examples that training takes.
     console = Console(quiet=json)
     prepared = prepare(loaded, console, offline=offline, trust_remote_code=trust_remote_code, begins=False)
-    names = prepared.plan.dataset_names
+    plan = prepared.plan
+    names = list(dict.fromkeys((*plan.dataset_names, *plan.validation)))
     if dataset is not None and dataset not in names:
-        how = f"choose one of {', '.join(names)}; no other is trained on"
-        raise UserError(f"the run trains on no data set {dataset}", how=how)
+        raise UserError(f"the run has no data set {dataset}", how=f"choose one of {', '.join(names)}")
     shown = [name for name in names if dataset in (None, name)]
+    # Validation rows are of interest where somebody asks for them.
+    parts = [TRAIN, VALIDATION] if dataset is not None or row is not None else [TRAIN]
+    examples = _examples(plan, parts, shown, row, limit if limit is not None or json else EXAMPLES_SHOWN)
 
     # 2. What was left out, or what each data set looks like.
     if dropped:
         _print_dropped(prepared, shown, console, json=json)
         return
     if json:
-        for example in _examples(prepared, shown, row, limit):
-            sys.stdout.write(json_module.dumps(_as_json(example, prepared), ensure_ascii=False) + "\n")
+        for example in examples:
+            sys.stdout.write(json_module.dumps(example.as_json(prepared.tokenizer), ensure_ascii=False) + "\n")
         return
     prepared.print(console)
     console.line()
     _print_lengths(prepared, shown, console)
 
     # 3. Examples, trained tokens in colour.
-    for example in _examples(prepared, shown, row, EXAMPLES_SHOWN if limit is None else limit):
+    for example in examples:
         _print_example(example, prepared, console)
 
 
-def _examples(prepared: "Prepared", names: list[str], row: int | None, limit: int | None) -> Iterator["EncodedExample"]:
-    """Examples in the order in which training draws them, each form of a row once.
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """An example, and where it comes from."""
+
+    dataset: str
+    part: str
+    row: int
+    where: str
+    example: "Example"
+
+    def as_json(self, tokenizer: "PreTrainedTokenizerBase") -> dict[str, object]:
+        return {
+            "dataset": self.dataset,
+            "part": self.part,
+            "row": self.row,
+            "where": self.where,
+            "input_ids": self.example.input_ids.tolist(),
+            "labels": self.example.labels.tolist(),
+            "text": tokenizer.decode(self.example.input_ids.tolist(), skip_special_tokens=False),
+        }
+
+
+def _examples(
+    plan: "Plan", parts: Sequence[str], names: Sequence[str], row: int | None, limit: int | None
+) -> Iterator[_Shown]:
+    """Examples of the data sets `names`, `limit` of each: those trained on in the order of training, each form of a
+    row once, and those measured in the order of their rows.
 
     Raises:
         UserError: none of them is of row `row`.
     """
+    left: Counter[tuple[str, str]] = Counter()
+    found = False
+    for part in parts:
+        for name, corpus, encoded in _trained(plan) if part == TRAIN else _measured(plan):
+            if name not in names or left[part, name] == limit or (row is not None and encoded.row != row):
+                continue
+            found = True
+            left[part, name] += 1
+            yield _Shown(name, part, encoded.row, corpus.where(encoded.row), encoded.example)
+    if row is not None and not found:
+        raise UserError(f"the run has no example of row {row}", how=_why_missing(plan, names, row))
+
+
+def _trained(plan: "Plan") -> Iterator[tuple[str, "Corpus", "EncodedExample"]]:
     import numpy as np
 
-    plan = prepared.plan
     _, first = np.unique(plan.steps.order, return_index=True)
-    left = {plan.dataset_names.index(name): limit for name in names}
-    found = False
     for index in plan.steps.order[np.sort(first)].tolist():
         number = int(plan.examples.dataset[index])
-        if number not in left or left[number] == 0:
-            continue
-        example = plan.examples[index]
-        if row is not None and example.row != row:
-            continue
-        found = True
-        yield example
-        wanted = left[number]
-        left[number] = None if wanted is None else wanted - 1
-    if row is not None and not found:
-        what = f"the run draws no example from row {row}"
-        raise UserError(what, how="choose another --row, see --dropped, or raise training.max_steps")
+        yield plan.dataset_names[number], plan.corpora[number], plan.examples[index]
 
 
-def _as_json(encoded: "EncodedExample", prepared: "Prepared") -> dict[str, object]:
-    example = encoded.example
-    return {
-        "dataset": prepared.plan.dataset_names[encoded.dataset],
-        "row": encoded.row,
-        "input_ids": example.input_ids.tolist(),
-        "labels": example.labels.tolist(),
-        "text": prepared.tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False),
-    }
+def _measured(plan: "Plan") -> Iterator[tuple[str, "Corpus", "EncodedExample"]]:
+    for name, examples in plan.validation.items():
+        for encoded in examples:
+            yield name, plan.validation_documents[name].corpus, encoded
 
 
-def _print_example(encoded: "EncodedExample", prepared: "Prepared", console: Console) -> None:
-    example = encoded.example
-    name = prepared.plan.dataset_names[encoded.dataset]
+def _why_missing(plan: "Plan", names: Sequence[str], row: int) -> str:
+    for counts in (*plan.counts, *plan.validation_counts):
+        for reason, rows in counts.dropped.items() if counts.name in names else ():
+            if row in rows:
+                return f"it was left out: {reason}"
+    return "choose another --row, or raise training.max_steps: rows are counted from 0, and not every row is drawn"
+
+
+def _print_example(shown: _Shown, prepared: "Prepared", console: Console) -> None:
+    example = shown.example
+    part = ", validation" if shown.part == VALIDATION else ""
     cut = ", cut" if example.truncated else ""
-    console.heading(f"{name} row {encoded.row}: {example.num_tokens} tokens, {example.num_targets} trained on{cut}")
-    parts = []
-    for trained, ids in _runs(encoded):
+    size = f"{human_count(example.num_tokens)} tokens, {human_count(example.num_targets)} trained on"
+    console.heading(f"{shown.dataset} row {shown.row} ({shown.where}{part}): {size}{cut}")
+    texts = []
+    for trained, ids in _runs(example):
         text = str(prepared.tokenizer.decode(ids, skip_special_tokens=False))
         if not console.has_colors and trained:
             text = f"{OPEN}{text}{CLOSE}"
-        parts.append((text, TRAINED if trained else CONTEXT))
-    console.styled(parts)
+        texts.append((text, TRAINED if trained else CONTEXT))
+    console.styled(texts)
     console.line()
 
 
-def _runs(encoded: "EncodedExample") -> Iterator[tuple[bool, list[int]]]:
+def _runs(example: "Example") -> Iterator[tuple[bool, list[int]]]:
     """Stretches of trained and of other tokens, in order."""
     from itertools import groupby
 
     from ftkit.data.types import IGNORE
 
-    pairs = zip(encoded.example.input_ids.tolist(), encoded.example.labels.tolist(), strict=True)
+    pairs = zip(example.input_ids.tolist(), example.labels.tolist(), strict=True)
     for trained, stretch in groupby(pairs, key=lambda pair: pair[1] != IGNORE):
         yield trained, [token for token, _ in stretch]
 
@@ -159,6 +199,9 @@ def _print_lengths(prepared: "Prepared", names: list[str], console: Console) -> 
     import numpy as np
 
     plan = prepared.plan
+    names = [name for name in names if name in plan.dataset_names]
+    if not names:
+        return
     longest = max(1, int(plan.examples.num_tokens.max()))
     width = max(map(len, names))
     console.heading(f"lengths, from 1 to {human_count(longest)} tokens")
@@ -176,15 +219,30 @@ def _print_lengths(prepared: "Prepared", names: list[str], console: Console) -> 
 
 
 def _print_dropped(prepared: "Prepared", names: list[str], console: Console, *, json: bool) -> None:
-    """Every row that was left out, with the reason."""
+    """Every row that was left out, with the reason, and every row that says the same as another."""
+    from ftkit.data.problems import count_rows
+
+    plan = prepared.plan
+    validation = {name: measured.corpus for name, measured in plan.validation_documents.items()}
+    parts = [(TRAIN, plan.counts, dict(zip(plan.dataset_names, plan.corpora, strict=True)))]
+    parts += [(VALIDATION, [counts for counts in plan.validation_counts if counts.name in validation], validation)]
     count = 0
-    for counts in prepared.plan.counts:
-        for reason, rows in counts.dropped.items() if counts.name in names else ():
-            for row in rows:
-                count += 1
+    for part, all_counts, corpora in parts:
+        for counts in all_counts:
+            if counts.name not in names:
+                continue
+            left_out = [(row, reason, True) for reason, rows in counts.dropped.items() for row in rows]
+            kept = [
+                (row, f"says the same as {other}", False) for other, rows in counts.overlapping.items() for row in rows
+            ]
+            count += len(left_out)
+            for row, reason, is_dropped in (*left_out, *kept):
+                where = corpora[counts.name].where(row)
                 if json:
-                    values = {"dataset": counts.name, "row": row, "reason": reason}
+                    values = {"dataset": counts.name, "part": part, "row": row, "where": where, "reason": reason}
+                    values["dropped"] = is_dropped
                     sys.stdout.write(json_module.dumps(values, ensure_ascii=False) + "\n")
                 else:
-                    console.line(f"{counts.name} row {row}: {reason}")
-    console.line(f"{human_count(count)} rows left out" if count else "no row was left out")
+                    kept_all_the_same = "" if is_dropped else "; trained on all the same"
+                    console.line(f"{counts.name} row {row} ({where}): {reason}{kept_all_the_same}")
+    console.line(f"{count_rows(count)} left out" if count else "no row was left out")

@@ -1,12 +1,13 @@
 """What is allowed but seldom meant: warnings of a plan, each with what to change."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ftkit.data.chat import ChatTemplate
 from ftkit.data.corpus import Corpus
+from ftkit.data.problems import count_rows, list_rows
 from ftkit.data.types import DatasetCounts
 from ftkit.recipe.schema import TrainingSection
 
@@ -20,15 +21,24 @@ MANY_EPOCHS = 10
 """Passes over a data set that is drawn far more often than others."""
 
 
-def warn_cut(uncut: np.ndarray, max_length: int) -> list[str]:
-    """More than 1% of the rows are longer than `max_length`; `uncut`: int32 [rows], their lengths before any cut."""
-    lengths = np.sort(uncut[uncut > 0])
-    too_long = int((lengths > max_length).sum())
-    if too_long <= MAX_SHARE_CUT * len(lengths):
-        return []
-    enough = int(lengths[math.ceil((1 - MAX_SHARE_CUT) * len(lengths)) - 1])
-    share = f"{too_long} of {len(lengths)} rows ({too_long / len(lengths):.0%})"
-    return [f"{share} are longer than data.max_length {max_length}; {enough} keeps 99% whole"]
+def warn_cut(names: Sequence[str], dataset: np.ndarray, uncut: np.ndarray, max_length: int) -> list[str]:
+    """More than 1% of the rows of a data set are longer than `max_length`: a mixture's share would hide it.
+
+    Args:
+        names: of the data sets.
+        dataset: int [rows], index into `names`.
+        uncut: int32 [rows], their lengths before any cut.
+        max_length: `data.max_length`.
+    """
+    warnings = []
+    for index, name in enumerate(names):
+        lengths = np.sort(uncut[(dataset == index) & (uncut > 0)])
+        too_long = int((lengths > max_length).sum())
+        if too_long > MAX_SHARE_CUT * len(lengths):
+            enough = int(lengths[math.ceil((1 - MAX_SHARE_CUT) * len(lengths)) - 1])
+            share = f"{too_long:,} of {len(lengths):,} rows of {name} ({too_long / len(lengths):.0%})"
+            warnings.append(f"{share} are longer than data.max_length {max_length}; {enough} keeps 99% whole")
+    return warnings
 
 
 def warn_thinking(template: ChatTemplate, saw_reasoning: bool) -> list[str]:
@@ -70,23 +80,30 @@ def warn_repeats(counts: Sequence[DatasetCounts]) -> list[str]:
     ]
 
 
+def warn_no_reasoning(corpora: Sequence[Corpus]) -> list[str]:
+    """Data sets whose `rationale` asks for reasoning that none of their rows has."""
+    asked = [corpus for corpus in corpora if corpus.section.rationale not in ("never", 0.0)]
+    return [
+        f"no row of {corpus.name} has reasoning to ask for: `rationale: {corpus.section.rationale}` changes nothing"
+        for corpus in asked
+        if not corpus.can_reason
+    ]
+
+
 def warn_left_out(names: Sequence[str]) -> list[str]:
     """Data sets of which data.clusters or data.exclude_clusters leave nothing: meant for held-out tasks, but told."""
     return [f"not trained on, since all rows are of a cluster that is left out: {', '.join(names)}"] if names else []
 
 
-def warn_duplicates(corpus: Corpus, again: np.ndarray, measured: np.ndarray) -> list[str]:
-    """Rows that are trained on though they say the same as an earlier or as a validation row.
+def warn_overlapping(name: str, overlapping: Mapping[str, Sequence[int]]) -> list[str]:
+    """Rows of a data set that are trained on though they say the same as an earlier or as a validation row.
 
     Args:
-        again: bool [chosen rows], says the same as an earlier row.
-        measured: bool [chosen rows], says the same as a row of data.eval.
+        name: of the data set.
+        overlapping: `DatasetCounts.overlapping`.
     """
-    warnings = []
-    how = "data.deduplicate: true drops them"
-    for mask, what in ((measured, "a row of data.eval"), (again, "an earlier row")):
-        if mask.any():
-            rows = corpus.row_ids(np.flatnonzero(mask)[:5]).tolist()
-            listed = ", ".join(map(str, rows)) + (", ..." if mask.sum() > len(rows) else "")
-            warnings.append(f"{mask.sum()} rows of {corpus.name} say the same as {what} (rows {listed}); {how}")
-    return warnings
+    return [
+        f"{count_rows(len(rows))} of {name} say{'s' if len(rows) == 1 else ''} the same as {other} "
+        f"({list_rows(rows)}); data.deduplicate: true drops them, `ftkit preview --dropped` lists them"
+        for other, rows in overlapping.items()
+    ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.duplicates import content_key
 from ftkit.data.mixture import choose_subset
 from ftkit.data.phrasings import PhrasingSet, find_phrasings, library_clusters
-from ftkit.data.problems import Problems, RowError
+from ftkit.data.problems import MAX_SHOWN, Problems, RowError
 from ftkit.data.processes import MIN_PARALLEL, work
 from ftkit.data.readers import BadRecord
 from ftkit.data.row_parser import RowParser
@@ -29,7 +30,6 @@ Progress = Callable[[str, int, int], None]
 
 SAMPLE = 1000
 """Rows that tell the format."""
-UNREADABLE = "cannot be read (data.on_bad_row: skip)"
 
 Found = Row | BadRecord | Problem
 
@@ -51,11 +51,30 @@ class Corpus:
     """In the source, bad ones included."""
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Reason -> row ids."""
+    unread: dict[int, str] = field(default_factory=dict)
+    """Row id -> `file:line`, of rows that are in no store."""
+
+    def where(self, row: int) -> str:
+        """`file:line` of a row, by its id."""
+        position = int(np.searchsorted(self._indices, row))
+        if position < len(self._indices) and self._indices[position] == row:
+            return self.store.where(position)
+        return self.unread[row]
+
+    @cached_property
+    def _indices(self) -> np.ndarray:
+        return self.store.column("index")
 
     @property
     def keys(self) -> np.ndarray:
         """16 bytes for each of the chosen rows, equal where rows say the same."""
         return self.store.column("key")[self.chosen]
+
+    @property
+    def can_reason(self) -> bool:
+        """Whether any of the chosen rows has reasoning, and a phrasing asks for it."""
+        asks = self.phrasings is not None and bool(self.phrasings.reasoned)
+        return asks and bool(self.store.column("has_rationale")[self.chosen].any())
 
     def row_ids(self, places: np.ndarray) -> np.ndarray:
         """`Row.index` of chosen rows."""
@@ -90,6 +109,7 @@ def load_corpus(
     )
     store, facts = RowStore(entry), read_facts(entry)
     dropped: dict[str, list[int]] = dict(facts["dropped"])
+    unread = dict(zip(facts["unread"]["rows"], facts["unread"]["places"], strict=True))
     chosen = np.arange(len(store))
     if key[1] == "train":
         chosen = _in_clusters(store, section, data, dropped)
@@ -98,7 +118,7 @@ def load_corpus(
             what = f"{section.path} has no rows of these clusters (its own: {clusters})"
             raise UserError(what, how="look at clusters and exclude_clusters", key=(*key, "path"))
     chosen = chosen[choose_subset(len(chosen), section.max_samples, seed=seed, name=name)]
-    return Corpus(name, key, section, store, chosen, phrasings, facts["rows_read"], dropped)
+    return Corpus(name, key, section, store, chosen, phrasings, facts["rows_read"], dropped, unread)
 
 
 def check_clusters(data: DataSection, train: Sequence[Corpus]) -> None:
@@ -182,7 +202,8 @@ def _write_rows(
     if reading.kept == 0:
         reasons = "; ".join(f"{len(ids)}: {reason}" for reason, ids in reading.dropped.items())
         raise UserError(f"{section.path} has no row that can be used ({reasons})", key=(*key, "path"))
-    write_facts(directory, {"rows_read": reading.rows_read, "dropped": reading.dropped})
+    unread = {"rows": list(reading.unread), "places": list(reading.unread.values())}
+    write_facts(directory, {"rows_read": reading.rows_read, "dropped": reading.dropped, "unread": unread})
 
 
 @dataclass
@@ -193,8 +214,8 @@ class _Read:
     records: int
     problems: list[tuple[int | None, Problem]]
     """Row ids, and what is wrong with these rows; None: a file cannot be read on."""
-    skipped: list[tuple[int, str]]
-    """Row ids, and why they are left out."""
+    skipped: list[tuple[int, Problem]]
+    """The same of rows that are left out in any case."""
 
 
 class _RowReader:
@@ -207,7 +228,7 @@ class _RowReader:
         index, found_rows = part
         rows: list[tuple[Row, RowContent]] = []
         problems: list[tuple[int | None, Problem]] = []
-        skipped: list[tuple[int, str]] = []
+        skipped: list[tuple[int, Problem]] = []
         records = 0
         for found in found_rows:
             if isinstance(found, Problem):
@@ -221,7 +242,7 @@ class _RowReader:
                 except RowError as error:
                     problems.append((found.index, Problem(error.what, error.how, found.where)))
                 except SkippedRow as reason:
-                    skipped.append((found.index, str(reason)))
+                    skipped.append((found.index, Problem(str(reason), where=found.where)))
             records += 1
         return _Read(_to_batch(rows, self._parser), records, problems, skipped)
 
@@ -232,6 +253,9 @@ class _Reading:
     def __init__(self, *, skip_bad: bool) -> None:
         self.rows_read = self.kept = 0
         self.dropped: dict[str, list[int]] = {}
+        """Reason -> row ids."""
+        self.unread: dict[int, str] = {}
+        """Row id -> `file:line`, of all of these."""
         self._skip_bad = skip_bad
         self._problems = Problems()
 
@@ -244,8 +268,8 @@ class _Reading:
                 self._problems.add(problem)
             else:
                 self._bad(problem, row)
-        for row, reason in read.skipped:
-            self.dropped.setdefault(reason, []).append(row)
+        for row, problem in read.skipped:
+            self._leave_out(row, problem, problem.what)
 
     def note(self, found: Found) -> None:
         """Count what was read; a file that cannot be read on is an error in any case."""
@@ -261,9 +285,14 @@ class _Reading:
 
     def _bad(self, problem: Problem, row: int) -> None:
         if self._skip_bad:
-            self.dropped.setdefault(UNREADABLE, []).append(row)
+            reason = problem.what if len(self.dropped) < MAX_SHOWN else "something else is wrong"
+            self._leave_out(row, problem, f"{reason} (data.on_bad_row: skip)")
         else:
             self._problems.add(problem)
+
+    def _leave_out(self, row: int, problem: Problem, reason: str) -> None:
+        self.dropped.setdefault(reason, []).append(row)
+        self.unread[row] = problem.where or ""
 
 
 def _in_parts(stream: Iterator[Found]) -> Iterator[tuple[int, list[Found]]]:

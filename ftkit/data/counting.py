@@ -14,7 +14,7 @@ def count_datasets(
     train: Sequence[Corpus],
     num_trained: Sequence[int],
     dropped: Sequence[dict[str, list[int]]],
-    duplicates: Sequence[int],
+    overlapping: Sequence[dict[str, list[int]]],
     *,
     jobs: np.ndarray,
     encoded: Encoded,
@@ -26,7 +26,7 @@ def count_datasets(
         train: the data sets.
         num_trained: rows of each that may be trained on.
         dropped: of each, reason -> row ids, before anything was encoded.
-        duplicates: rows of each that say the same as an earlier one.
+        overlapping: of each, what they say the same as -> row ids, of rows that are trained on all the same.
         jobs: what was encoded.
         encoded: what became of the jobs.
         order: int64, the examples of all steps.
@@ -52,7 +52,7 @@ def count_datasets(
                 share=len(of_it) / max(1, len(order)),
                 # A row of several examples is drawn as a whole.
                 epochs=float((1.0 / per_job[drawn]).sum() / max(1, num_trained[index] - without)),
-                duplicates=duplicates[index],
+                overlapping=overlapping[index],
             )
         )
     return counts

@@ -144,6 +144,19 @@ class PhrasingSet:
         pieces = [piece for phrasing in self.phrasings for piece in (*phrasing.prompt, *phrasing.target)]
         return tuple(dict.fromkeys(field for _, field in pieces if field is not None and field not in DERIVED))
 
+    @property
+    def needed_columns(self) -> tuple[str, ...]:
+        """All columns that rows need, by the phrasings' names: printed, and of options, answer and reasoning."""
+        section = self.section
+        if isinstance(section.options, str):
+            of_options = [section.options]
+        else:
+            pieces = [piece for filling in section.options or () for piece in parse_template(filling)]
+            of_options = [field for _, field in pieces if field is not None]
+        keys = [section.target_keys] if isinstance(section.target_keys, str) else []
+        rationale = [section.rationale] if section.rationale is not None else []
+        return tuple(dict.fromkeys([*self.columns, *of_options, *keys, section.target, *rationale]))
+
     def as_json(self) -> dict[str, Any]:
         """Everything that decides how rows are read and put into words, as plain values."""
         return self.section.model_dump(mode="json")

@@ -13,12 +13,12 @@ from ftkit.data.corpus import Corpus, Progress, check_clusters, load_corpus
 from ftkit.data.counting import count_datasets
 from ftkit.data.draws import draw_run
 from ftkit.data.encode import Encoder
-from ftkit.data.measured import encode_measured
+from ftkit.data.measured import Measured, encode_measured
 from ftkit.data.sources import dataset_names
 from ftkit.data.split import split_rows
 from ftkit.data.steps import Steps
 from ftkit.data.store import ExampleStore, ExampleView
-from ftkit.data.types import DatasetCounts, Document, EncodedExample
+from ftkit.data.types import DatasetCounts, EncodedExample
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe.schema import DatasetSection, Recipe
 
@@ -35,13 +35,15 @@ class Plan:
     """Epochs that are behind after each step; whole numbers where an epoch ends."""
     dataset_names: list[str]
     """Labels of the training data sets; `EncodedExample.dataset` is an index into them."""
+    corpora: list[Corpus]
+    """Their rows."""
     counts: list[DatasetCounts]
     """Of each training data set, over the whole run."""
     validation: dict[str, ExampleView]
     """Validation examples by data set; empty where nothing is measured."""
     validation_rows: dict[str, list[int]]
     """`Row.index` of every validation row that has examples."""
-    validation_documents: dict[str, Sequence[tuple[int, Document]]]
+    validation_documents: dict[str, Measured]
     """The same rows as (`Row.index`, document), for evaluation."""
     validation_counts: list[DatasetCounts]
     """Of each data set with validation rows."""
@@ -132,11 +134,12 @@ def make_plan(
         steps=drawn.steps,
         epoch_of_step=drawn.epochs,
         dataset_names=names,
+        corpora=train,
         counts=count_datasets(
             train,
             [len(places) for places in split.trained],
             split.dropped,
-            split.duplicates,
+            split.overlapping,
             jobs=drawn.jobs,
             encoded=drawn.encoded,
             order=drawn.steps.order,
@@ -147,10 +150,11 @@ def make_plan(
         validation_counts=[part.counts for part in measured],
     )
     plan.warnings = [
-        *advice.warn_cut(drawn.encoded.uncut, encoder.max_length),
+        *advice.warn_cut(names, drawn.jobs["dataset"], drawn.encoded.uncut, encoder.max_length),
         *advice.warn_few_steps(plan.steps, recipe.training),
         *advice.warn_repeats(plan.counts),
         *advice.warn_thinking(encoder.template, drawn.encoded.saw_reasoning),
+        *advice.warn_no_reasoning(train),
         *split.warnings,
         *advice.warn_left_out(left_out),
     ]

@@ -55,7 +55,18 @@ class Problems:
 
     def _counted(self, same: tuple[str, str | None]) -> str:
         more = self._times[same] - 1
-        return f"{same[0]} (and {more} row{'s' if more > 1 else ''} more)" if more else same[0]
+        return f"{same[0]} (and {count_rows(more)} more)" if more else same[0]
+
+
+def count_rows(number: int) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{number:,} row{'' if number == 1 else 's'}"
+
+
+def list_rows(rows: Sequence[int], *, limit: int = 5) -> str:
+    """ "row 7", "rows 7, 8, 9, 10, 11, ..."."""
+    listed = ", ".join(map(str, rows[:limit])) + (", ..." if len(rows) > limit else "")
+    return f"row{'' if len(rows) == 1 else 's'} {listed}"
 
 
 def shorten(value: object, *, width: int = 60) -> str:

@@ -6,11 +6,11 @@ never in memory as a whole; a .json list is, as text.
 
 import csv
 import json
-import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ftkit.data.json_records import NoListError, scan_json, skip_space
 from ftkit.errors import Problem
 
 
@@ -31,13 +31,6 @@ class BadRecord(NamedTuple):
 Stream = Iterator[Record | BadRecord | Problem]
 
 
-class Item(NamedTuple):
-    """A JSON value and the line on which it starts."""
-
-    line: int
-    value: Any
-
-
 MAX_LINE = 64 * 2**20
 """Bytes of a line; no document is longer, but a file without line ends may be."""
 
@@ -55,7 +48,7 @@ def read_json(path: Path, name: str) -> Stream:
         yield _not_utf8(name, data, error)
         return
     del data
-    start = _skip_space(text, 0)
+    start = skip_space(text, 0)
     if start == len(text):
         yield _is_empty(name)
         return
@@ -64,10 +57,10 @@ def read_json(path: Path, name: str) -> Stream:
         return
     found = 0
     try:
-        for line, item in _scan(text, start):
+        for line, item in scan_json(text, start):
             found += 1
             yield _kept(name, line, item)
-    except _NoListError as error:
+    except NoListError as error:
         yield Problem(str(error), "give a list of objects, or one object a line in a .jsonl file", name)
         return
     except (ValueError, RecursionError) as error:
@@ -87,9 +80,12 @@ def read_jsonl(path: Path, name: str) -> Stream:
                 how = "put each object on a line of its own"
                 yield Problem(f"the line is longer than {MAX_LINE // 2**20} MiB", how, f"{name}:{number}")
                 return
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
             if not line.strip():
                 continue
+            if not found and (problem := _not_json_lines(line)) is not None:
+                yield Problem(*problem, name)
+                return
             found = True
             try:
                 yield _kept(name, number, json.loads(line.decode("utf-8")))
@@ -187,106 +183,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-# -------------------------------------------------------------------------------------------- json with lines
-
-_SPACE = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
-
-
-class _NoListError(Exception):
-    """An object that holds no list of records, or several."""
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    assert match is not None, "the pattern matches the empty text"
-    return match.end()
-
-
-def _scan(text: str, start: int) -> Iterator[Item]:
-    """The records of a whole JSON text that begins at `start`."""
-    if text[start] == "[":
-        end = yield from _scan_list(text, start)
-        _expect_end(text, end)
-    elif text[start] == "{":
-        values, end = _scan_object(text, start)
-        _expect_end(text, end)
-        yield from _main_list(values)
-    else:
-        raise json.JSONDecodeError("expected a list or an object", text, start)
-
-
-def _expect_end(text: str, at: int) -> None:
-    if (end := _skip_space(text, at)) != len(text):
-        raise json.JSONDecodeError("text after the end of the JSON value", text, end)
-
-
-def _scan_list(text: str, at: int) -> Generator[Item, None, int]:
-    """The values of the list whose bracket is at `at`; returns the place after it."""
-    line, counted = text.count("\n", 0, at) + 1, at
-    at = _skip_space(text, at + 1)
-    if text.startswith("]", at):
-        return at + 1
-    while True:
-        line, counted = line + text.count("\n", counted, at), at
-        value, at = _DECODER.raw_decode(text, at)
-        yield Item(line, value)
-        at = _skip_space(text, at)
-        if text.startswith("]", at):
-            return at + 1
-        at = _skip_space(text, _expect(text, at, ","))
-
-
-def _whole_list(text: str, at: int) -> tuple[list[Item], int]:
-    items: list[Item] = []
-    scan = _scan_list(text, at)
-    while True:
-        try:
-            items.append(next(scan))
-        except StopIteration as end:
-            return items, end.value
-
-
-def _scan_object(text: str, at: int) -> tuple[dict[str, Any], int]:
-    """The object whose brace is at `at`, its lists as lists of `Item`, and the place after it."""
-    values: dict[str, Any] = {}
-    at = _skip_space(text, at + 1)
-    if text.startswith("}", at):
-        return values, at + 1
-    while True:
-        key, at = _DECODER.raw_decode(text, at)
-        if not isinstance(key, str):
-            raise json.JSONDecodeError("expected a name in quotes", text, at)
-        at = _skip_space(text, _expect(text, _skip_space(text, at), ":"))
-        values[key], at = _whole_list(text, at) if text.startswith("[", at) else _DECODER.raw_decode(text, at)
-        at = _skip_space(text, at)
-        if text.startswith("}", at):
-            return values, at + 1
-        at = _skip_space(text, _expect(text, at, ","))
-
-
-def _expect(text: str, at: int, character: str) -> int:
-    if not text.startswith(character, at):
-        raise json.JSONDecodeError(f"expected '{character}'", text, at)
-    return at + 1
-
-
-def _main_list(values: dict[str, Any]) -> list[Item]:
-    """The records of an object that was scanned."""
-    lists = {name: items for name, items in values.items() if isinstance(items, list)}
-    if "Instances" in lists:
-        definition = values.get("Definition")
-        if isinstance(definition, list):  # newer files wrap the text in a list
-            definition = "\n".join(str(item.value) for item in definition)
-        return [
-            Item(line, {"Definition": definition, **value} if isinstance(value, dict) else value)
-            for line, value in lists["Instances"]
-        ]
-    of_objects = [name for name, items in lists.items() if items and all(isinstance(it.value, dict) for it in items)]
-    if len(of_objects) != 1:
-        found = f"several ({', '.join(of_objects)})" if of_objects else "none"
-        raise _NoListError(f"an object that should hold one list of records holds {found}")
-    return lists[of_objects[0]]
+# -------------------------------------------------------------------------------------------- what is wrong
 
 
 def _first_of_many_lines(text: str) -> bool:
@@ -298,6 +195,15 @@ def _first_of_many_lines(text: str) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _not_json_lines(line: bytes) -> tuple[str, str] | None:
+    """What is wrong with a whole file whose first line this is, and how to mend it."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16, not UTF-8", "save the file as UTF-8"
+    if line.lstrip().rstrip(b" ,") == b"[" or line.lstrip().startswith(b"[{"):
+        return "a JSON list, not an object a line", "call it .json, or put each object on a line of its own"
+    return None
 
 
 def _kept(name: str, line: int, item: Any) -> Record | BadRecord:

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ftkit.data.advice import warn_duplicates
+from ftkit.data.advice import warn_overlapping
 from ftkit.data.corpus import Corpus
 from ftkit.data.duplicates import groups_of, repeated
 from ftkit.data.mixture import split_validation
 from ftkit.errors import UserError
 from ftkit.recipe.schema import Recipe
 
-SAME_AS_EARLIER = "says the same as an earlier row (data.deduplicate)"
-SAME_AS_VALIDATION = "says the same as a validation row (data.deduplicate)"
+SAME_AS_EARLIER, SAME_AS_VALIDATION = "an earlier row", "a row of data.eval"
 
 
 @dataclass
@@ -26,8 +25,8 @@ class Split:
     """The same of its validation rows."""
     dropped: list[dict[str, list[int]]]
     """For each training data set: reason -> row ids."""
-    duplicates: list[int]
-    """For each training data set: rows that say the same as an earlier one, dropped or not."""
+    overlapping: list[dict[str, list[int]]]
+    """The same of rows that are trained on though they say the same as another."""
     warnings: list[str]
 
 
@@ -50,16 +49,17 @@ def split_rows(recipe: Recipe, train: Sequence[Corpus], evaluation: Sequence[Cor
         keep = np.ones(len(rows), bool)
         keep[out] = False
         also_measured = keep & np.isin(rows, measured)
-        split.duplicates.append(int((again & keep).sum()))
-        dropped: dict[str, list[int]] = {}
+        same_as = {SAME_AS_VALIDATION: also_measured, SAME_AS_EARLIER: again & keep & ~also_measured}
+        found = {other: corpus.row_ids(np.flatnonzero(rows)).tolist() for other, rows in same_as.items() if rows.any()}
         if data.deduplicate:
-            for reason, unwanted in ((SAME_AS_VALIDATION, also_measured), (SAME_AS_EARLIER, again & ~also_measured)):
-                if (gone := np.flatnonzero(unwanted & keep)).size:
-                    dropped[reason] = corpus.row_ids(gone).tolist()
-                    keep[gone] = False
+            keep &= ~(also_measured | again)
+            split.dropped.append({f"says the same as {other} (data.deduplicate)": ids for other, ids in found.items()})
+            split.overlapping.append({})
+        else:
+            split.dropped.append({})
+            split.overlapping.append(found)
+            split.warnings += warn_overlapping(corpus.name, found)
         split.trained.append(np.flatnonzero(keep))
-        split.dropped.append(dropped)
-        split.warnings += warn_duplicates(corpus, again & keep, also_measured & keep)
     if not evaluation and not any(len(out) for out in held_out) and data.val_size:
         split.warnings.append("too few different rows to split any off; there is no validation")
     for index, places in enumerate(split.trained):

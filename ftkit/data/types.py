@@ -1,7 +1,7 @@
 """The types that data passes through: Row -> Conversation | Text -> Example -> Batch."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -187,5 +187,12 @@ class DatasetCounts:
     """Of the run's examples."""
     epochs: float = 0.0
     """How often the run goes through its training rows."""
-    duplicates: int = 0
-    """Training rows that say the same as an earlier one."""
+    overlapping: dict[str, list[int]] = field(default_factory=dict)
+    """what they say the same as -> row ids, of rows that are trained on all the same"""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; of rows their numbers only."""
+        values = asdict(self)
+        for name in ("dropped", "overlapping"):
+            values[name] = {reason: len(rows) for reason, rows in values[name].items()}
+        return values

@@ -11,6 +11,7 @@ from ftkit.console import Console, human_count, make_table
 from ftkit.data.chat import ChatTemplate
 from ftkit.data.encode import make_encoder
 from ftkit.data.plan import Plan, make_plan
+from ftkit.data.problems import count_rows, list_rows
 from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import UserError
 from ftkit.methods.start import KEY as INIT_FROM_KEY
@@ -45,16 +46,20 @@ class Prepared:
         console.table(mixture_table(plan))
         for counts in plan.counts:
             for why, rows in counts.dropped.items():
-                console.line(f"dropped    {counts.name}: {len(rows)} rows, {why} (rows {_first(rows)})")
+                console.line(f"dropped    {counts.name}: {count_rows(len(rows))}, {why} ({list_rows(rows)})")
         validation = ", ".join(f"{name} {len(examples)}" for name, examples in plan.validation.items()) or "none"
         console.line(f"validation {validation}")
         console.line(
             f"plan       {len(plan.steps)} steps of {self.recipe.training.global_batch_size} examples, "
             f"{human_count(plan.num_tokens)} tokens, {human_count(sum(plan.targets_per_step))} of them trained on"
         )
-        template_warning = [self.template.warning] if self.template.warning else []
-        for warning in (*template_warning, *plan.warnings):
+        for warning in self.warnings:
             console.warning(warning)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before the run."""
+        return [*([self.template.warning] if self.template.warning else []), *self.plan.warnings]
 
 
 def mixture_table(plan: Plan) -> Table:
@@ -148,7 +153,3 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to fill padded rows with; any will do, since padding is masked by length and never by id."""
     candidates: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
     return next(int(token) for token in candidates if token is not None)
-
-
-def _first(rows: list[int], limit: int = 5) -> str:
-    return ", ".join(map(str, rows[:limit])) + (", ..." if len(rows) > limit else "")

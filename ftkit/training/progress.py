@@ -32,7 +32,8 @@ class Progress:
         seconds = self._clock.lap()
         speed, memory = window["tokens"] / seconds, peak_memory(self._world.device)
         line = {"step": state.step, "epoch": self._epoch(state), "loss": window.pop("loss")}
-        line |= {"loss_by_dataset": window.pop("loss_by_dataset"), "learning_rate": learning_rate}
+        by_dataset = window.pop("loss_by_dataset")
+        line |= {"loss_by_dataset": by_dataset, "learning_rate": learning_rate}
         line |= {"grad_norm": grad_norm, **window}
         timing = {"seconds": seconds, "tokens_per_second": speed, "peak_memory_bytes": memory}
         self._write(line | {"timing": timing})
@@ -41,7 +42,11 @@ class Progress:
         status += f"  {human_bytes(memory)}"
         self._bar.update(state.step, status)
         text = f"step {state.step}/{total}  {status}  {remaining} left"
-        (self._console.debug if self._console.is_terminal else self._console.line)(text)
+        say = self._console.debug if self._console.is_terminal else self._console.line
+        say(text)
+        if len(self._plan.dataset_names) > 1:
+            losses = "  ".join(f"{name} {loss:.4f}" for name, loss in by_dataset.items())
+            say(f"step {state.step}/{total}  loss of {losses}")
 
     def evaluation(self, state: LoopState, losses: dict[str, float], *, seconds: float, best: bool) -> None:
         """Report an evaluation that was recorded in `state`."""

@@ -60,11 +60,13 @@ def test_without_colours_trained_tokens_stand_in_brackets(recipe: Path, capsys: 
 
 def test_a_row_of_choice(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [json.loads(line)["row"] for line in show(capsys, recipe, "--json").splitlines()]
-    assert f"rows row {rows[2]}: " in show(capsys, recipe, "--dataset", "rows", "--row", str(rows[2]))
+    place = recipe.parent / f"rows.jsonl:{rows[2] + 1}"
+    assert f"rows row {rows[2]} ({place}): " in show(capsys, recipe, "--dataset", "rows", "--row", str(rows[2]))
     for arguments, message in (
-        (["--row", "3"], "the run draws no example from row 3; choose another --row, see --dropped"),
-        (["--row", "3", "--json"], "the run draws no example from row 3; choose another --row, see --dropped"),
-        (["--dataset", "row"], "the run trains on no data set row; choose one of rows"),
+        (["--row", "3"], "the run has no example of row 3; it was left out: no assistant turn to train on"),
+        (["--row", "3", "--json"], "the run has no example of row 3; it was left out: no assistant turn"),
+        (["--row", "99"], "the run has no example of row 99; choose another --row, or raise training.max_steps"),
+        (["--dataset", "row"], "the run has no data set row; choose one of rows"),
     ):
         assert run(["preview", str(recipe), *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -73,9 +75,50 @@ def test_a_row_of_choice(recipe: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_dropped_rows_with_reasons(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ("data.val_size=0", "training.max_steps=null", "training.num_train_epochs=1")
     shown = show(capsys, recipe, *overrides, "--dropped")
-    assert shown == "rows row 3: no assistant turn to train on\n1 rows left out\n"
+    place = f"{recipe.parent}/rows.jsonl:4"
+    assert shown == f"rows row 3 ({place}): no assistant turn to train on\n1 row left out\n"
     line = json.loads(show(capsys, recipe, *overrides, "--dropped", "--json"))
-    assert line == {"dataset": "rows", "row": 3, "reason": "no assistant turn to train on"}
+    assert line == {
+        "dataset": "rows",
+        "part": "train",
+        "row": 3,
+        "where": place,
+        "reason": "no assistant turn to train on",
+        "dropped": True,
+    }
+
+
+def test_dropped_names_unreadable_rows_and_rows_that_say_the_same(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = recipe.parent / "rows.jsonl"
+    rows = data.read_text().splitlines()
+    data.write_text("\n".join([*rows, "{broken", rows[0]]) + "\n")
+    shown = show(capsys, recipe, "data.on_bad_row=skip", "data.val_size=0", "--dropped").splitlines()
+    assert len(shown) == 3 + 1
+    assert shown[0].startswith(f"rows row 12 ({data}:13): malformed JSON: ")
+    assert shown[0].endswith("(data.on_bad_row: skip)")
+    assert shown[1] == f"rows row 3 ({data}:4): no assistant turn to train on"
+    assert shown[2] == f"rows row 13 ({data}:14): says the same as an earlier row; trained on all the same"
+    assert shown[3] == "2 rows left out"
+
+
+def test_validation_rows_are_shown_where_they_are_asked_for(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = recipe.parent / "measured.jsonl"
+    measured.write_text(json.dumps({"instruction": "Say zu.", "input": "", "output": "zu"}) + "\n")
+    overrides = ("data.val_size=0", f"data.eval=[{{path: {measured}}}]")
+    assert "Say zu." not in show(capsys, recipe, *overrides)
+    shown = show(capsys, recipe, *overrides, "--dataset", "measured")
+    assert f"measured row 0 ({measured}:1, validation): " in shown
+    assert "Say zu.<|im_end|>\n<|im_start|>assistant\n⟦zu<|im_end|>⟧" in shown
+    (line,) = show(capsys, recipe, *overrides, "--dataset", "measured", "--json").splitlines()
+    assert json.loads(line)["part"] == "validation"
+    # Of rows that are split off too.
+    rows = {json.loads(line)["row"] for line in show(capsys, recipe, "data.val_size=4", "--json").splitlines()}
+    (split_off, *_) = set(range(12)) - rows - {3}
+    assert f"rows.jsonl:{split_off + 1}, validation)" in show(
+        capsys, recipe, "data.val_size=4", "--row", str(split_off)
+    )
 
 
 def test_no_weights_are_needed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,11 @@ def test_plan_counts_without_weights(tmp_path, capsys):
     assert figures["trainable_parameters"] == 2 * sum(4 * (a + b) for a, b in shapes)
     assert figures["optimizer_steps"] == 6
     assert figures["memory_bytes"]["optimizer"] == 8 * figures["trainable_parameters"]
+    (counts,) = figures["mixture"]
+    assert (counts["name"], counts["share"], counts["dropped"]) == ("rows", 1.0, {})
+    assert counts["tokens"] == figures["tokens"]
+    assert [part["name"] for part in figures["validation"]] == ["rows"]
+    assert figures["warnings"] == []
     train(recipe, [], dry_run=True)
     assert "6 steps of 4 examples" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()

@@ -17,6 +17,7 @@ from ftkit.errors import UserError
 from tests.data.library_rows import ROWS
 
 NAMES = sorted(library())
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "mixtures.md"
 
 
 def record_of(phrasings: PhrasingSet, row: dict[str, Any], **labels: str) -> TaskRecord:
@@ -236,8 +237,39 @@ def test_braces_hold_names_only() -> None:
 
 
 def test_the_documentation_lists_the_library() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "mixtures.md").read_text(encoding="utf-8")
+    text = DOCUMENTATION.read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \| (\w+) \| (\S+)", text, flags=re.MULTILINE)
     assert {name: (cluster, path) for name, cluster, path in listed} == {
         name: (phrasings.section.cluster, phrasings.section.path) for name, phrasings in library().items()
     }
+
+
+def columns_table() -> str:
+    """What rows of the library's data sets need, as a table of docs/mixtures.md."""
+    lines = ["| name | columns | the answer |", "|-|-|-|"]
+    for name, phrasings in sorted(library().items()):
+        section = phrasings.section
+        columns = ", ".join(f"`{column}`" for column in phrasings.needed_columns)
+        meaning = f"`{section.target}`"
+        if section.labels is not None:
+            meanings = [f"{number} {label}" for number, label in enumerate(section.labels[:8])]
+            meaning += f": {', '.join(meanings)}{', ...' if len(section.labels) > 8 else ''}"
+        elif section.target_index is not None:
+            meaning += f": the number of the option, from {section.target_index}"
+        elif isinstance(section.target_keys, str):
+            meaning += f": one of `{section.target_keys}`"
+        elif section.target_keys is not None:
+            meaning += f": one of {', '.join(section.target_keys)}"
+        lines.append(f"| `{name}` | {columns} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_documentation_says_what_rows_of_the_library_need() -> None:
+    assert columns_table() in DOCUMENTATION.read_text(encoding="utf-8"), columns_table()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_more_columns_are_needed_than_are_said(name: str) -> None:
+    phrasings = library()[name]
+    row = {column.partition(".")[0]: ROWS[name][column.partition(".")[0]] for column in phrasings.needed_columns}
+    assert read_record(phrasings, row, {}, {}) == read_record(phrasings, ROWS[name], {}, {})

@@ -204,30 +204,33 @@ def test_split_rows_are_never_trained_on(tmp_path: Path) -> None:
     assert [counts.rows_used for counts in plan.validation_counts] == [len(rows) for rows in plan.validation.values()]
 
 
+DROP_OR_LIST = "data.deduplicate: true drops them, `ftkit preview --dropped` lists them"
+
+
 def test_eval_data_replaces_the_split(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.jsonl", ["x", "y"]), write(tmp_path / "b.jsonl", ["z", "X "])
     plan = plan_of(tmp_path, recipe([a], evaluation=[b], val_size=0.5))
     assert plan.counts[0].rows_used == 2
     assert plan.validation_rows == {"b": [0, 1]}
     assert {example.dataset for example in plan.validation["b"]} == {0}
-    assert "1 rows of a say the same as a row of data.eval (rows 0); data.deduplicate: true drops them" in plan.warnings
+    assert f"1 row of a says the same as a row of data.eval (row 0); {DROP_OR_LIST}" in plan.warnings
     deduplicated = plan_of(tmp_path, recipe([a], evaluation=[b], deduplicate=True))
     assert set(texts_of(deduplicated)) == {"y"}
-    assert deduplicated.counts[0].dropped == {"says the same as a validation row (data.deduplicate)": [0]}
+    assert deduplicated.counts[0].dropped == {"says the same as a row of data.eval (data.deduplicate)": [0]}
 
 
 def test_rows_that_say_the_same_are_listed_or_dropped(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.jsonl", ["x", "y", "X"]), write(tmp_path / "b.jsonl", ["z", " y", "w"])
     plan = plan_of(tmp_path, recipe([a, b], num_train_epochs=1))
     assert len(texts_of(plan)) == 6
-    assert [counts.duplicates for counts in plan.counts] == [1, 1]
-    how = "data.deduplicate: true drops them"
+    assert [counts.overlapping for counts in plan.counts] == [{"an earlier row": [2]}, {"an earlier row": [1]}]
     for name, row in (("a", 2), ("b", 1)):
-        assert f"1 rows of {name} say the same as an earlier row (rows {row}); {how}" in plan.warnings
+        assert f"1 row of {name} says the same as an earlier row (row {row}); {DROP_OR_LIST}" in plan.warnings
     plan = plan_of(tmp_path, recipe([a, b], num_train_epochs=1, deduplicate=True))
     assert sorted(texts_of(plan)) == ["w", "x", "y", "z"]
     reason = "says the same as an earlier row (data.deduplicate)"
     assert [counts.dropped for counts in plan.counts] == [{reason: [2]}, {reason: [1]}]
+    assert [counts.overlapping for counts in plan.counts] == [{}, {}]
 
 
 def test_max_samples_does_not_depend_on_other_data_sets(tmp_path: Path) -> None:
@@ -299,7 +302,11 @@ def test_warning_of_rows_that_are_cut(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", [str(i).zfill(i) for i in range(1, 201)])
     plan = plan_of(tmp_path, recipe([a]), ByteEncoder(max_length=101))
     assert plan.counts[0].truncated == 100
-    assert "100 of 200 rows (50%) are longer than data.max_length 101; 199 keeps 99% whole" in plan.warnings
+    assert "100 of 200 rows of a (50%) are longer than data.max_length 101; 199 keeps 99% whole" in plan.warnings
+    # A small data set does not hide behind a large one.
+    b = write(tmp_path / "b.jsonl", [f"b{i:05}" for i in range(12_000)])
+    hidden = plan_of(tmp_path, recipe([b, a]), ByteEncoder(max_length=101))
+    assert [warning.partition(" are longer")[0] for warning in hidden.warnings] == ["100 of 200 rows of a (50%)"]
     plan = plan_of(tmp_path, recipe([a]), ByteEncoder(max_length=199))
     assert plan.counts[0].truncated == 2
     assert not [warning for warning in plan.warnings if "max_length" in warning]

@@ -100,6 +100,22 @@ def test_every_problem_of_a_jsonl_file_at_once(here: Path) -> None:
     assert sorted(line.split(": ")[0] for line in lines) == ["a.jsonl:2", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'[\n{"text": "a"}\n]\n', "a.jsonl: a JSON list, not an object a line; call it .json"),
+        (b'[{"text": "a"},\n{"text": "b"}]\n', "a.jsonl: a JSON list, not an object a line; call it .json"),
+        ('{"text": "a"}\n{"text": "\u00fc"}\n'.encode("utf-16"), "a.jsonl: UTF-16, not UTF-8; save the file as UTF-8"),
+        # At the end of its own line, not at the beginning of the next.
+        (b'{"text": "a"\n', "a.jsonl:1: malformed JSON: Expecting ',' delimiter (column 13)"),
+    ],
+)
+def test_what_is_wrong_with_a_jsonl_file_is_said_once(here: Path, content: bytes, expected: str) -> None:
+    (here / "a.jsonl").write_bytes(content)
+    (line,) = problems(here, "a.jsonl").splitlines()
+    assert line.startswith(expected)
+
+
 def test_only_the_first_twenty_problems_are_shown(here: Path) -> None:
     (here / "a.jsonl").write_text("x\n" * 50)
     lines = problems(here, "a.jsonl").splitlines()

@@ -123,11 +123,24 @@ def test_a_row_is_asked_in_several_ways_over_the_epochs(tmp_path: Path) -> None:
     assert sum(text.count("question ") == 2 for _, text in shown) > 50
 
 
+def test_reasoning_that_no_row_has_is_not_asked_for_in_silence(tmp_path: Path) -> None:
+    rows = [{"q": "1", "a": "x"}, {"q": "2", "a": "y"}]
+    missing = "no row of rows has reasoning to ask for: `rationale: 0.5` changes nothing"
+    assert missing in plan(tmp_path, rows, rationale=0.5).warnings
+    assert missing not in plan(tmp_path, rows).warnings
+    rows[1]["why"] = "since"
+    assert missing not in plan(tmp_path, rows, rationale=0.5).warnings
+
+
 def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(tmp_path: Path) -> None:
     rows: list[Any] = [{"q": "1", "a": "x"}, "{broken", {"q": "3"}, {"q": "4", "a": "y"}, [5]]
     (counts,) = plan(tmp_path, rows, {"on_bad_row": "skip"}).counts
     assert (counts.rows, counts.rows_used) == (5, 2)
-    assert counts.dropped == {"cannot be read (data.on_bad_row: skip)": [1, 2, 4]}
+    malformed, missing, no_object = counts.dropped
+    assert malformed.startswith("malformed JSON: ")
+    assert missing == "there is no column a (data.on_bad_row: skip)"
+    assert no_object == "expected an object, found a list (data.on_bad_row: skip)"
+    assert list(counts.dropped.values()) == [[1], [2], [4]]
 
 
 def test_rows_are_chosen_by_their_own_cluster(tmp_path: Path) -> None:
