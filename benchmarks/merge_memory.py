@@ -25,6 +25,7 @@ from ftkit.artifacts.merge import PROOFS, merge
 from ftkit.console import Console, human_bytes, make_table
 from ftkit.methods import lora
 from ftkit.methods.files import BaseIdentity
+from ftkit.methods.lora_saved import B
 from ftkit.models.load import find_base, fingerprint, load_weights
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.schema import LoraMethod, ModelSection
@@ -57,7 +58,7 @@ def write_model(directory: Path, case: str, *, width: int, layers: int) -> None:
     lora.apply(model, section, seed=1)
     noise = torch.Generator().manual_seed(1)
     state = {
-        key: torch.randn(tensor.shape, generator=noise) * 5e-4 if key.endswith(lora.B) else tensor
+        key: torch.randn(tensor.shape, generator=noise) * 5e-4 if key.endswith(B) else tensor
         for key, tensor in lora.trained_state(model).items()
     }
     lora.save(model, section, directory / "adapter", BaseIdentity(base.name, None, fingerprint(base)), state=state)

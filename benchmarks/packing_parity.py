@@ -1,4 +1,4 @@
-"""Does packing change anything? Tiny models of eleven architectures: packed, padded, and each document alone.
+"""Does packing change anything? Tiny models of twelve architectures: packed, padded, and each document alone.
 
     python -m benchmarks.packing_parity
 

@@ -35,6 +35,7 @@ from ftkit.evaluation.contestants import share_weights
 from ftkit.methods import lora
 from ftkit.methods.base import ComputeDelta
 from ftkit.methods.files import BaseIdentity
+from ftkit.methods.lora_saved import B
 from ftkit.models.load import BaseModel, find_base, fingerprint, load_weights
 from ftkit.models.precision import compute_in
 from ftkit.models.quiet import quiet_transformers
@@ -101,7 +102,7 @@ def write_base_and_adapters(
         lora.apply(model, section, seed=seed)
         noise = torch.Generator().manual_seed(seed)
         state = {
-            key: torch.randn(tensor.shape, generator=noise) * 5e-4 if key.endswith(lora.B) else tensor
+            key: torch.randn(tensor.shape, generator=noise) * 5e-4 if key.endswith(B) else tensor
             for key, tensor in lora.trained_state(model).items()
         }
         lora.save(model, section, place, BaseIdentity(base.name, None, fingerprint(base)), state=state)

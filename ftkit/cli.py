@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from ftkit.errors import FtkitError, UserError
 from ftkit.failures import LATER_VERBS, interrupted, known_failure, usage_error
+from ftkit.options import Base, Dtype, Json, Offline, Overrides, Overwrite, RecipeFile, RemoteCode, Target
 
 
 class Verbs(TyperGroup):
@@ -41,38 +42,11 @@ class Verbs(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-def _go_offline(wanted: bool) -> bool:
-    """Tell huggingface_hub and datasets, which read it when they are imported: later."""
-    if wanted:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    return wanted
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ftkit {metadata.version('ftkit')}")
         raise typer.Exit
 
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set instead, e.g. training.learning_rate=1e-4."),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Move a directory that is in the way to NAME.old-1.")]
-Target = Annotated[
-    str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
-]
-Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, help="Use cached files only, no network.")]
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's repository.")
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="float32|bfloat16|float16", help="Precision of the written weights; default as the base stores them."
-    ),
-]
 
 app = typer.Typer(
     cls=Verbs,
@@ -138,7 +112,7 @@ def train(
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
     offline: Offline = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -182,9 +156,7 @@ def merge(
         list[str],
         typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; weight 0.5 adds half, -1 subtracts."),
     ],
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Base model; default the one that the adapter names.")
-    ] = None,
+    base: Base = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/merged, for one adapter.")
     ] = None,
@@ -266,6 +238,42 @@ def export(
         format=format,
         output=output,
         dtype=dtype,
+        overwrite=overwrite,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="ADAPTER|RUN", help="A run, checkpoint, adapter or trained model.")],
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", help="A second adapter: which directions do they share?")
+    ] = None,
+    base: Base = None,
+    left: Annotated[
+        bool, typer.Option("--left", help="With OTHER: the directions that updates write to (B), not read (A).")
+    ] = False,
+    modules: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only these, e.g. q_proj; may be repeated.")
+    ] = None,
+    json: Json = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw a heat map.")] = None,
+    overwrite: Overwrite = False,
+    offline: Offline = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show what training changed: singular values, ranks, sizes; or what two adapters share."""
+    from ftkit.commands.inspect import inspect as command
+
+    command(
+        target,
+        other,
+        base=base,
+        left=left,
+        modules=modules or [],
+        json=json,
+        output=output,
         overwrite=overwrite,
         offline=offline,
         trust_remote_code=trust_remote_code,

@@ -7,7 +7,7 @@ run had a directory is kept until the log opens, and comes first in it.
 
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, cast
@@ -19,6 +19,7 @@ from rich.text import Text
 
 WIDTH_WITHOUT_TERMINAL = 1000
 """Columns in pipes and logs: tables are as wide as they need, and a program that reads them finds a row in one line."""
+BARS = "▁▂▃▄▅▆▇█"
 
 
 class Console:
@@ -162,6 +163,12 @@ def make_table(title: str, columns: list[tuple[str, str]]) -> Table:
     for header, justify in columns:
         table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
     return table
+
+
+def sparkline(heights: Sequence[float]) -> str:
+    """A bar for each number, from 0 to the largest of them; nothing for 0."""
+    top = max(heights, default=0.0)
+    return "".join(BARS[min(len(BARS) - 1, int(height / top * len(BARS)))] if height else " " for height in heights)
 
 
 def human_bytes(count: float) -> str:

@@ -20,7 +20,6 @@ LATER_VERBS = {
     "diff": "compare the runs' recipe.yaml files",
     "doctor": "see environment.json in a run's directory",
     "init": "start from one of the files in recipes/",
-    "inspect": "see adapter_config.json in the adapter's directory",
     "verify": "resume with `ftkit train RECIPE --resume`, which takes verified checkpoints only",
 }
 """Verbs of later versions -> what to do until then."""

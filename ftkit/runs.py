@@ -36,13 +36,8 @@ from ftkit.models.load import BaseModel, find_base
 from ftkit.recipe.load import load_recipe
 from ftkit.recipe.schema import ModelSection, Recipe
 
-RECIPE, ENVIRONMENT, METRICS, LOG, VALIDATION = (
-    "recipe.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "train.log",
-    "validation.json",
-)
+RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
+LOG, VALIDATION = "train.log", "validation.json"
 CHECKPOINTS, ADAPTER, MODEL, MERGED, EXPORT = "checkpoints", "adapter", "model", "merged", "export"
 RESULTS = (ADAPTER, MODEL, MERGED, EXPORT)
 """What follows from the run's weights, and no longer does once it goes on."""
@@ -315,7 +310,7 @@ def find_target(
     if not path.is_dir():
         return Target(text, locate(text), None, None, None, None)
     run = _run_of(path)
-    result = next((path / part for part in (ADAPTER, MODEL) if (path / part).is_dir()), path)
+    result = result_of(path)
     if (result / "adapter_config.json").is_file():
         config = read_json(result / "adapter_config.json")
         name = base or config.get("base_model_name_or_path")
@@ -338,6 +333,11 @@ def find_target(
         f"{path} is neither a run, a checkpoint, an adapter nor a model",
         how="it needs recipe.yaml, adapter_config.json or config.json",
     )
+
+
+def result_of(path: Path) -> Path:
+    """The directory of the weights in a run or checkpoint; any other path is its own."""
+    return next((path / part for part in (ADAPTER, MODEL) if (path / part).is_dir()), path)
 
 
 def _run_of(path: Path) -> Path | None:

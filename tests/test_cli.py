@@ -20,7 +20,7 @@ from ftkit.cli import run
 from ftkit.errors import CheckFailedError, Interrupted, NetworkError, Problem, UserError
 from ftkit.failures import LATER_OPTIONS, LATER_VERBS
 
-VERBS = ("train", "plan", "merge", "eval", "export", "schema")
+VERBS = ("train", "plan", "merge", "eval", "export", "inspect", "schema")
 
 
 def ftkit(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -93,6 +93,8 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     assert run([*evaluate, "--output", "o.json", *common]) == 0
     export = ["export", "T", "--format", "hf", "--output", "o", "--dtype", "float16", "--overwrite"]
     assert run([*export, *common]) == 0
+    inspection = ["inspect", "A", "B", "--base", "M", "--left", "--modules", "q", "--modules", "k", "--json"]
+    assert run([*inspection, "--output", "o.svg", "--overwrite", *common]) == 0
     on = {"offline": True, "trust_remote_code": True}
     assert calls == [
         ("plan", (Path("r.yaml"), ["a=b"]), {"json": True, **on}),
@@ -114,12 +116,25 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
             },
         ),
         ("export", ("T",), {"format": "hf", "output": Path("o"), "dtype": "float16", "overwrite": True, **on}),
+        (
+            "inspect",
+            ("A", "B"),
+            {
+                "base": "M",
+                "left": True,
+                "modules": ["q", "k"],
+                "json": True,
+                "output": Path("o.svg"),
+                "overwrite": True,
+                **on,
+            },
+        ),
     ]
 
 
 WRONG = {
     ("trian", "r.yaml"): "there is no verb trian; did you mean train?",
-    ("zzz",): "there is no verb zzz; choose one of train, plan, preview, merge, eval, export, schema",
+    ("zzz",): "there is no verb zzz; choose one of train, plan, preview, merge, eval, export, inspect, schema",
     ("train",): "missing argument RECIPE; see ftkit train --help",
     ("train", "r.yaml", "--resum"): "there is no option --resum; did you mean --resume?",
     ("train", "r.yaml", "--zzzz"): "there is no option --zzzz; see ftkit train --help",

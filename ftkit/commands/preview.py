@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ftkit.console import Console, human_count
+from ftkit.console import Console, human_count, sparkline
 from ftkit.errors import FtkitError, UserError
 from ftkit.recipe.load import LoadedRecipe, load_recipe
 
@@ -27,7 +27,6 @@ OPEN, CLOSE = "⟦", "⟧"
 """Around trained tokens where there are no colours."""
 TRAIN, VALIDATION = "train", "validation"
 """The parts of a run's data."""
-BARS = "▁▂▃▄▅▆▇█"
 BUCKETS = 24
 
 
@@ -212,9 +211,7 @@ def _print_lengths(prepared: "Prepared", names: list[str], console: Console) -> 
         if not len(lengths):
             continue
         heights, _ = np.histogram(lengths, bins=BUCKETS, range=(0, longest))
-        bars = "".join(
-            BARS[min(len(BARS) - 1, int(height / heights.max() * len(BARS)))] if height else " " for height in heights
-        )
+        bars = sparkline(heights.tolist())
         share = 100 * int(targets.sum()) / int(lengths.sum())
         middle, nearly_all = int(np.median(lengths)), int(np.quantile(lengths, 0.99)) + 1
         console.line(f"{name:{width}}  {bars}  median {middle}, 99% below {nearly_all}, {share:.0f}% trained on")

@@ -1,9 +1,7 @@
 """`lora`: low-rank updates of linear layers (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in peft's files."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,12 @@ from ftkit.methods.base import (
     gathered,
     seeded_generator,
 )
-from ftkit.methods.dora import gains, row_norms
+from ftkit.methods.dora import row_norms
 from ftkit.methods.files import LORA, BaseIdentity, lora_config, lora_section, read_adapter, trained_as, write_adapter
 from ftkit.methods.lora_experts import (
     NESTED,
     ExpertsDelta,
     expert_layers,
-    from_peft,
     insert_experts,
     names_for_peft,
     saved_names,
@@ -38,6 +35,18 @@ from ftkit.methods.lora_experts import (
 )
 from ftkit.methods.lora_init import INITIALISATIONS, Factors, zeros
 from ftkit.methods.lora_layer import LoraLayer, insert_lora, stacked, weight_OI
+from ftkit.methods.lora_saved import (
+    MAGNITUDE,
+    PREFIX,
+    A,
+    B,
+    adapted_paths,
+    low_rank_delta,
+    path_of,
+    rank_of,
+    saved_experts,
+    scale_of,
+)
 from ftkit.methods.saved_modules import (
     check_ties,
     paths_for_peft,
@@ -46,15 +55,12 @@ from ftkit.methods.saved_modules import (
     tied_names,
     train_modules,
 )
-from ftkit.methods.targets import check_patterns, matching_value, select_targets, shortest_names
+from ftkit.methods.targets import check_patterns, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
 from ftkit.recipe.method_schema import LoraMethod
 
 name = "lora"
 merge_refusal: str | None = None
-
-PREFIX, A, B, MAGNITUDE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-"""peft's names in the file: base_model.model.PATH.lora_A.weight."""
 
 
 def apply(model: PreTrainedModel, section: LoraMethod, *, seed: int) -> None:
@@ -109,7 +115,7 @@ def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     for path, experts in expert_layers(model):
         factors = experts.factors()
         for name, begin in saved_names(path, list(factors)).items():
-            a_ERI, b_EOR = _saved_experts(state, begin, experts=len(factors[name].lora_A))
+            a_ERI, b_EOR = saved_experts(state, begin, experts=len(factors[name].lora_A))
             factors[name].lora_A.copy_(a_ERI)
             factors[name].lora_B.copy_(b_EOR)
 
@@ -163,16 +169,12 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMet
             continue
         module = model.get_submodule(path)
         assert is_linear(module), path
-        a_RI, b_OR, magnitude_O = (state.get(f"{PREFIX}{path}{part}") for part in (A, B, MAGNITUDE))
-        assert a_RI is not None, path
-        assert b_OR is not None, path
-        transposed = isinstance(module, Conv1D)
-        yield f"{path}.weight", LowRankDelta(a_RI, b_OR, magnitude_O, _scale(section, path), transposed)
+        yield f"{path}.weight", low_rank_delta(state, section, path, transposed=isinstance(module, Conv1D))
     for path, names in experts.items():
         for name, begin in saved_names(path, names).items():
             weight = f"{path}.{name}"
-            factors = _saved_experts(state, begin, experts=len(model.get_parameter(weight)))
-            yield weight, ExpertsDelta(*factors, _scale(section, weight))
+            factors = saved_experts(state, begin, experts=len(model.get_parameter(weight)))
+            yield weight, ExpertsDelta(*factors, scale_of(section, weight))
     replacements: dict[int, Replacement] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (tuned := state.get(f"{PREFIX}{name}")) is not None:
@@ -213,11 +215,6 @@ def disabled(model: PreTrainedModel) -> Iterator[None]:
             layer.lora_enabled = enabled
 
 
-def adapted_paths(state: Iterable[str]) -> list[str]:
-    """Paths of the layers that have weights of LoRA among the names of a saved state."""
-    return list(dict.fromkeys(path_of(key) for key in state if key.endswith((A, B, MAGNITUDE))))
-
-
 def named_weights(model: PreTrainedModel, state: Iterable[str], section: LoraMethod) -> dict[str, str]:
     """Name in a saved state -> name of the base weight that it belongs to."""
     of_experts = {
@@ -232,12 +229,6 @@ def named_weights(model: PreTrainedModel, state: Iterable[str], section: LoraMet
         if key not in of_experts
     }
     return others | of_experts
-
-
-def path_of(key: str) -> str:
-    """Path of the layer that a LoRA's tensor in a saved state belongs to."""
-    name = key.removeprefix(PREFIX)
-    return next(name.removesuffix(part) for part in (A, B, MAGNITUDE) if name.endswith(part))
 
 
 def _section_of_peft(model: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> LoraMethod:
@@ -262,7 +253,7 @@ def _insert(
     assert not any(True for _ in _layers(model)), "the model has LoRA layers already"
     freeze(model)
     for path, module in layers.items():
-        weight, rank, scale = weight_OI(module), _rank(section, path), _scale(section, path)
+        weight, rank, scale = weight_OI(module), rank_of(section, path), scale_of(section, path)
         if seed is None:
             factors = zeros(weight, rank)
         else:
@@ -284,7 +275,7 @@ def _expert_factors(
 ) -> tuple[Factors, float]:
     """What the experts' weight `name` begins with, and its scale."""
     whole = f"{path}.{name}"
-    rank, scale = _rank(section, whole), _scale(section, whole)
+    rank, scale = rank_of(section, whole), scale_of(section, whole)
     generator = None if seed is None else seeded_generator(seed, whole)
 
     def make(weight: Tensor) -> Factors:
@@ -295,49 +286,7 @@ def _expert_factors(
     return stack_factors(module.get_parameter(name), make), scale
 
 
-def _saved_experts(state: Mapping[str, Tensor], begin: str, *, experts: int) -> Factors:
-    return from_peft(state[f"{PREFIX}{begin}{A[1:]}"], state[f"{PREFIX}{begin}{B[1:]}"], experts)
-
-
-def _rank(section: LoraMethod, path: str) -> int:
-    return matching_value(section.rank_pattern, path, section.rank)
-
-
-def _scale(section: LoraMethod, path: str) -> float:
-    """What B A is multiplied by in the layer at `path`."""
-    rank, alpha = _rank(section, path), matching_value(section.alpha_pattern, path, section.alpha)
-    return alpha / math.sqrt(rank) if section.rank_stabilized else alpha / rank
-
-
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, LoraLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankDelta:
-    """The `ComputeDelta` of a LoRA."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    magnitude_O: Tensor | None
-    scale: float
-    transposed: bool
-    """Whether the weight is [I, O]."""
-
-    @property
-    def depends_on_weight(self) -> bool:
-        """With DoRA, which takes the weight's direction and gives it another length."""
-        return self.magnitude_O is not None
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """scale * B A; with DoRA m * V / |V| - W."""
-        # The product first, then the scale, as peft does: whoever recomputes it so gets the same bits.
-        delta_OI = (self.b_OR.float() @ self.a_RI.float()) * self.scale
-        if self.magnitude_O is not None:
-            weight_OI = weight.t() if self.transposed else weight
-            tuned_OI = weight_OI + delta_OI
-            gains_O = gains(self.magnitude_O.float(), torch.linalg.vector_norm(tuned_OI, dim=1))
-            delta_OI = gains_O[:, None] * tuned_OI - weight_OI
-        return delta_OI.t() if self.transposed else delta_OI

@@ -26,6 +26,8 @@ FACTORS = "lora_"
 """The factors of `gate_up_proj` are the child `lora_gate_up_proj` of its module."""
 NESTED = "base_layer."
 """peft wraps a module once for each of its parameters, the first one innermost: this goes before its names."""
+PROJECTIONS = ("gate_up_proj", "down_proj")
+"""The weights of every module that can be adapted, in the order in which it owns them."""
 
 
 class ExpertFactors(nn.Module):
@@ -121,6 +123,11 @@ def select_experts(model: PreTrainedModel, names: Sequence[str]) -> dict[str, li
     return chosen
 
 
+def named_experts(path: str, names: Sequence[str]) -> list[str]:
+    """Which weights the module at `path` has adapted if it is one of experts, where there is no model to ask."""
+    return [own for own in PROJECTIONS if any(_matches(f"{path}.{own}", name) for name in names)]
+
+
 def names_for_peft(model: PreTrainedModel, chosen: Mapping[str, Sequence[str]]) -> list[str]:
     """Names that peft matches to exactly the chosen weights: two components where these suffice, else whole paths."""
     weights = {f"{path}.{name}" for path, names in chosen.items() for name in names}
@@ -204,4 +211,4 @@ def _computable(module: Any) -> bool:
     """Whether its experts are two plain projections with a gate between them: gate and up as one weight [E, O, I]."""
     plain = not any(getattr(module, name, True) for name in ("is_transposed", "has_bias", "has_post_expert_norm"))
     gated = all(getattr(module, name, False) for name in ("has_gate", "is_concatenated"))
-    return plain and gated and hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
+    return plain and gated and all(hasattr(module, name) for name in PROJECTIONS)

@@ -218,10 +218,19 @@ class TensorFiles:
     """The tensors of a model's files by name, each mapped, not read, until it is used. A context manager."""
 
     def __init__(self, directory: Path) -> None:
+        """Open the files.
+
+        Raises:
+            UserError: some are missing or damaged.
+        """
         self._opened = ExitStack()
         self._files: dict[str, Any] = {}
         for path in weight_files(directory):
-            file = self._opened.enter_context(safe_open(path, framework="pt"))
+            try:
+                file = self._opened.enter_context(safe_open(path, framework="pt"))
+            except SafetensorError as error:
+                self._opened.close()
+                raise UserError(f"is damaged ({error})", how="copy or download it again", where=str(path)) from None
             self._files |= dict.fromkeys(file.keys(), file)
 
     @property

@@ -1,0 +1,37 @@
+"""The arguments and options that several verbs have, each described once."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def go_offline(wanted: bool) -> bool:
+    """Tell huggingface_hub and datasets, which read it when they are imported: later."""
+    if wanted:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return wanted
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Keys to set instead, e.g. training.learning_rate=1e-4."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Move what is in the way to NAME.old-1.")]
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
+]
+Base = Annotated[str | None, typer.Option(metavar="MODEL", help="Base model; default the one that it was trained on.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Offline = Annotated[bool, typer.Option("--offline", callback=go_offline, help="Use cached files only, no network.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model's repository.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16|float16", help="Precision of the written weights; default as the base stores them."
+    ),
+]
