@@ -20,6 +20,9 @@ from rich.text import Text
 WIDTH_WITHOUT_TERMINAL = 1000
 """Columns in pipes and logs: tables are as wide as they need, and a program that reads them finds a row in one line."""
 BARS = "▁▂▃▄▅▆▇█"
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+"""Control characters -> what stands for them: those in a data set must not steer the user's terminal."""
 
 
 class Console:
@@ -39,8 +42,8 @@ class Console:
         return self._rich.is_terminal and not self._rich.quiet
 
     def line(self, text: str = "", *, style: str = "") -> None:
-        """Print one line of plain text; square brackets are not markup."""
-        self._print(Text(text, style=style))
+        """Print one line of plain text; square brackets are not markup, and control characters are made visible."""
+        self._print(Text(text.translate(_PICTURES), style=style))
 
     @property
     def has_colors(self) -> bool:
@@ -49,7 +52,7 @@ class Console:
 
     def styled(self, parts: Iterable[tuple[str, str]]) -> None:
         """Print (text, style) pairs one after another, line breaks inside them included."""
-        self._print(Text.assemble(*parts))
+        self._print(Text.assemble(*((text.translate(_PICTURES), style) for text, style in parts)))
 
     def heading(self, text: str) -> None:
         """Print a line that opens a section."""

@@ -17,6 +17,9 @@ FEW_STEPS, GOOD_STEPS = 50, 100
 MAX_SHARE_CUT = 0.01
 """Share of rows that may be too long without a warning."""
 
+MIN_SHARE_THINKING = 0.05
+"""Share of rows with thoughts below which a thinking model unlearns them; mixtures of both kinds are above it."""
+
 MANY_EPOCHS = 10
 """Passes over a data set that is drawn far more often than others."""
 
@@ -41,19 +44,21 @@ def warn_cut(names: Sequence[str], dataset: np.ndarray, uncut: np.ndarray, max_l
     return warnings
 
 
-def warn_thinking(template: ChatTemplate, saw_reasoning: bool) -> list[str]:
+def warn_thinking(template: ChatTemplate, with_thoughts: int, rows: int) -> list[str]:
     """A model that thinks is about to learn not to.
 
     Args:
         template: of the run.
-        saw_reasoning: whether any row that is trained on has thoughts (`EncodeResult.has_thoughts`).
+        with_thoughts: rows that are trained on with thoughts (`EncodeResult.has_thoughts`).
+        rows: all of them.
     """
-    if saw_reasoning or not template.expects_thoughts:
+    if not template.expects_thoughts or with_thoughts >= MIN_SHARE_THINKING * rows:
         return []
     how = "train on rows with thoughts (reasoning_content, or <think>...</think> before the answer)"
     if template.knows_enable_thinking:
         how = f"set data.chat_template_kwargs: {{enable_thinking: false}}, or {how}"
-    return [f"the chat template is a thinking model's, and no trained turn has thoughts: it would unlearn them; {how}"]
+    few = f"{with_thoughts:,} of {rows:,} rows have thoughts" if with_thoughts else "no trained turn has thoughts"
+    return [f"the chat template is a thinking model's, and {few}: it would unlearn them; {how}"]
 
 
 def warn_few_steps(steps: Sequence[Sequence[int]], training: TrainingSection) -> list[str]:
@@ -84,9 +89,9 @@ def warn_no_reasoning(corpora: Sequence[Corpus]) -> list[str]:
     """Data sets whose `rationale` asks for reasoning that none of their rows has."""
     asked = [corpus for corpus in corpora if corpus.section.rationale not in ("never", 0.0)]
     return [
-        f"no row of {corpus.name} has reasoning to ask for: `rationale: {corpus.section.rationale}` changes nothing"
+        f"{corpus.why_no_reasoning}: `rationale: {corpus.section.rationale}` changes nothing"
         for corpus in asked
-        if not corpus.can_reason
+        if corpus.why_no_reasoning
     ]
 
 

@@ -74,6 +74,9 @@ def prepared(key: str, write: Callable[[Path], None]) -> Path:
 
 
 def _write(entry: Path, write: Callable[[Path], None]) -> None:
+    # The lock is held, so these were left by processes that were killed.
+    for abandoned in entry.parent.glob(f".{entry.name}-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
     try:
         content = staging / "entry"

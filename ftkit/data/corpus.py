@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from ftkit.data.cache import code_version, digest_of, prepared
-from ftkit.data.duplicates import content_key
+from ftkit.data.duplicates import content_key, record_key
 from ftkit.data.mixture import choose_subset
 from ftkit.data.phrasings import PhrasingSet, find_phrasings, library_clusters
 from ftkit.data.problems import MAX_SHOWN, Problems, RowError
@@ -67,14 +67,22 @@ class Corpus:
 
     @property
     def keys(self) -> np.ndarray:
-        """16 bytes for each of the chosen rows, equal where rows say the same."""
+        """16 bytes for each of the chosen rows, equal where rows are read as the same (`content_key`)."""
         return self.store.column("key")[self.chosen]
 
     @property
-    def can_reason(self) -> bool:
-        """Whether any of the chosen rows has reasoning, and a phrasing asks for it."""
-        asks = self.phrasings is not None and bool(self.phrasings.reasoned)
-        return asks and bool(self.store.column("has_rationale")[self.chosen].any())
+    def record_keys(self) -> np.ndarray:
+        """16 bytes for each of the chosen rows, equal where their columns are (`record_key`)."""
+        return self.store.column("record_key")[self.chosen]
+
+    @property
+    def why_no_reasoning(self) -> str | None:
+        """What is missing for a row to be asked for its reasoning; None if nothing is."""
+        if self.phrasings is not None and not self.phrasings.reasoned:
+            return f"no phrasing of {self.phrasings.name} asks for the reasoning ({self.name})"
+        if not self.store.column("has_rationale")[self.chosen].any():
+            return f"no row of {self.name} has reasoning to ask for"
+        return None
 
     def row_ids(self, places: np.ndarray) -> np.ndarray:
         """`Row.index` of chosen rows."""
@@ -87,7 +95,7 @@ def load_corpus(
     name: str,
     data: DataSection,
     *,
-    base: Path,
+    directory: Callable[[KeyPath], Path],
     key: KeyPath,
     seed: int,
     progress: Progress,
@@ -96,16 +104,21 @@ def load_corpus(
 
     Clusters are held out of training data only.
 
+    Args:
+        directory: where a relative path at a key of the recipe starts; the recipe's own or, for what the command line
+            says, the working one.
+
     Raises:
         FtkitError: no such data set, the format is unknown, or rows are bad (all of them at once).
     """
-    source = find_source(section, base=base, key=key)
+    source = find_source(section, base=directory((*key, "path")), key=key)
     phrasings = None
     if section.templates is not None:
-        phrasings = find_phrasings(section.templates, base=base, key=(*key, "templates"))
+        templates_key = (*key, "templates")
+        phrasings = find_phrasings(section.templates, base=directory(templates_key), key=templates_key)
     entry = prepared(
         _entry_key(section, data, source.digest(), phrasings),
-        lambda directory: _write_rows(directory, source.stream(), section, data, name, base, key, progress),
+        lambda entry: _write_rows(entry, source.stream(), section, phrasings, data, name, key, progress),
     )
     store, facts = RowStore(entry), read_facts(entry)
     dropped: dict[str, list[int]] = dict(facts["dropped"])
@@ -172,9 +185,9 @@ def _write_rows(
     directory: Path,
     stream: Iterator[Found],
     section: DatasetSection,
+    phrasings: PhrasingSet | None,
     data: DataSection,
     name: str,
-    base: Path,
     key: KeyPath,
     progress: Progress,
 ) -> None:
@@ -187,7 +200,7 @@ def _write_rows(
             reading.note(found)
         reading.finish(section)
         raise no_rows(section, key)
-    worker = _RowReader(RowParser(sample, section, key=key, base=base))
+    worker = _RowReader(RowParser(sample, section, phrasings, key=key))
     parts = _in_parts(chain(first, stream))
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -311,6 +324,7 @@ def _to_batch(rows: Sequence[tuple[Row, RowContent]], parser: RowParser) -> pa.R
         [own or str(row.fields.get("cluster") or "") for row, _ in rows],
         [row.index for row, _ in rows],
         [content_key(content) for _, content in rows],
+        [record_key(row.fields) for row, _ in rows],
         [isinstance(content, TaskRecord) and content.rationale is not None for _, content in rows],
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, ROW_SCHEMA, strict=True)]

@@ -45,7 +45,7 @@ class Encoded:
     reasons: list[str]
     uncut: np.ndarray
     """int32 [jobs], tokens of the longest example before anything was cut."""
-    saw_reasoning: bool
+    with_thoughts: int
     """Whether any trained conversation holds thoughts."""
 
 
@@ -71,7 +71,7 @@ def encode_jobs(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *
     with np.load(entry / JOBS) as arrays:
         counts, reason, uncut = arrays["counts"], arrays["reason"], arrays["uncut"]
     first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    return Encoded(ExampleStore(entry / EXAMPLES), first, reason, facts["reasons"], uncut, facts["saw_reasoning"])
+    return Encoded(ExampleStore(entry / EXAMPLES), first, reason, facts["reasons"], uncut, facts["with_thoughts"])
 
 
 # ------------------------------------------------------------------------------------------------------- a chunk
@@ -86,7 +86,7 @@ class _Chunk:
     reasons: list[str | None] = field(default_factory=list)
     uncut: list[int] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    saw_reasoning: bool = False
+    with_thoughts: int = 0
 
 
 class _ChunkEncoder:
@@ -126,7 +126,7 @@ class _ChunkEncoder:
         chunk.counts.append(len(result.examples))
         chunk.reasons.append(result.reason)
         chunk.uncut.append(result.uncut)
-        chunk.saw_reasoning |= result.has_thoughts
+        chunk.with_thoughts += result.has_thoughts
 
 
 def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> None:
@@ -159,7 +159,7 @@ def _write(directory: Path, jobs: np.ndarray, corpora: Sequence[Corpus], encoder
     write_table(directory / EXAMPLES, EXAMPLE_SCHEMA, batches())
     summary.problems.raise_any(of=", ".join(corpus.name for corpus in corpora))
     np.savez(directory / JOBS, counts=summary.counts, reason=summary.reason, uncut=summary.uncut)
-    write_facts(directory, {"reasons": summary.reasons, "saw_reasoning": summary.saw_reasoning})
+    write_facts(directory, {"reasons": summary.reasons, "with_thoughts": summary.with_thoughts})
 
 
 class _Summary:
@@ -171,7 +171,7 @@ class _Summary:
         self.reason = np.full(num_jobs, -1, np.int16)
         self.uncut = np.zeros(num_jobs, np.int32)
         self.reasons: list[str] = []
-        self.saw_reasoning = False
+        self.with_thoughts = 0
         self.problems = Problems()
 
     def add(self, chunk: _Chunk) -> None:
@@ -184,7 +184,7 @@ class _Summary:
                 if reason not in self.reasons:
                     self.reasons.append(reason)
                 self.reason[place] = self.reasons.index(reason)
-        self.saw_reasoning |= chunk.saw_reasoning
+        self.with_thoughts += chunk.with_thoughts
         for problem in chunk.problems:
             self.problems.add(problem)
         self.done = end

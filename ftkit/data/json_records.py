@@ -1,6 +1,7 @@
 """The records of a JSON text and the lines on which they start, which the standard library does not tell."""
 
 import json
+import math
 import re
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,16 @@ class Item(NamedTuple):
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _: None)
+decode_json = _DECODER.decode
+"""The value of a JSON text. NaN and infinities, with which Python's writers stand in for a missing number, are null."""
 
 
 class NoListError(Exception):

@@ -153,7 +153,7 @@ def make_plan(
         *advice.warn_cut(names, drawn.jobs["dataset"], drawn.encoded.uncut, encoder.max_length),
         *advice.warn_few_steps(plan.steps, recipe.training),
         *advice.warn_repeats(plan.counts),
-        *advice.warn_thinking(encoder.template, drawn.encoded.saw_reasoning),
+        *advice.warn_thinking(encoder.template, drawn.encoded.with_thoughts, len(drawn.jobs)),
         *advice.warn_no_reasoning(train),
         *split.warnings,
         *advice.warn_left_out(left_out),
@@ -173,9 +173,10 @@ def _load(
     problems: list[Problem] = []
     for index, (dataset, name) in enumerate(zip(datasets, dataset_names(datasets), strict=True)):
         key: KeyPath = ("data", which, index)
-        base = directory((*key, "path"))
         try:
-            corpus = load_corpus(dataset, name, recipe.data, base=base, key=key, seed=recipe.seed, progress=progress)
+            corpus = load_corpus(
+                dataset, name, recipe.data, directory=directory, key=key, seed=recipe.seed, progress=progress
+            )
             corpora.append(corpus)
         except UserError as error:
             problems += error.problems

@@ -5,12 +5,16 @@ never in memory as a whole; a .json list is, as text.
 """
 
 import csv
+import datetime
 import json
+import math
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import UUID
 
-from ftkit.data.json_records import NoListError, scan_json, skip_space
+from ftkit.data.json_records import NoListError, decode_json, scan_json, skip_space
 from ftkit.errors import Problem
 
 
@@ -88,7 +92,7 @@ def read_jsonl(path: Path, name: str) -> Stream:
                 return
             found = True
             try:
-                yield _kept(name, number, json.loads(line.decode("utf-8")))
+                yield _kept(name, number, decode_json(line.decode("utf-8")))
             except UnicodeDecodeError as error:
                 yield BadRecord(_not_utf8(name, line, error, line=number))
             except (ValueError, RecursionError) as error:
@@ -149,7 +153,7 @@ def read_parquet(path: Path, name: str) -> Stream:
         # Not `read_table`: on a path it looks for a partitioned data set and invents columns from folder names.
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
-                yield Record(f"{name}: row {index}", drop_struct_nulls(row))
+                yield Record(f"{name}: row {index}", plain_values(row))
                 index += 1
     except pyarrow.ArrowException as error:
         yield Problem(f"not a parquet file: {error}", "write it again", name)
@@ -169,18 +173,28 @@ READERS: dict[str, Callable[[Path, str], Stream]] = {
 """Suffix -> reader(file, its name in messages)."""
 
 
-def drop_struct_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    """Remove null keys of nested structs, recursively; columns stay.
+def plain_values(fields: dict[str, Any]) -> dict[str, Any]:
+    """The values of a row of an Arrow table as JSON has them.
 
-    An Arrow struct has the union of all rows' keys, so the arguments of one tool show up as nulls in another's.
+    Null keys of nested structs are removed: an Arrow struct has the union of all rows' keys, so the arguments of one
+    tool show up as nulls in another's. Dates, times and decimals become their text, numbers that are none null. What
+    is no text (bytes, pictures) stays, for who asks for that column to refuse.
     """
-    return {name: _without_nulls(value) for name, value in fields.items()}
+    return {name: _plain(value) for name, value in fields.items()}
 
 
-def _without_nulls(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
     if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {name: _plain(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value) if isinstance(value, Decimal | datetime.timedelta | UUID) else value
 
 
 # -------------------------------------------------------------------------------------------- what is wrong

@@ -16,22 +16,23 @@ from ftkit.recipe.schema import DatasetSection
 class RowParser:
     """Reads the rows of one data set, whatever their format."""
 
-    def __init__(self, sample: Sequence[Row], dataset: DatasetSection, *, key: KeyPath, base: Path) -> None:
+    def __init__(
+        self, sample: Sequence[Row], dataset: DatasetSection, phrasings: PhrasingSet | None, *, key: KeyPath
+    ) -> None:
         """
         Args:
             sample: the first rows, which tell the format where the recipe does not.
             dataset: the data set's section of the recipe.
+            phrasings: those of its `templates`.
             key: the section's place in the recipe, for errors.
-            base: the directory that a file of phrasings is looked for in.
 
         Raises:
-            UserError: the format is unknown, its columns are missing, or there are no such phrasings.
+            UserError: the format is unknown, its columns are missing, or it has none that phrasings could read.
         """
-        self.phrasings: PhrasingSet | None = None
+        self.phrasings = phrasings
         """Where rows are put into words anew in each epoch."""
         self.dataset = dataset
-        if dataset.templates is not None:
-            self.phrasings = find_phrasings(dataset.templates, base=base, key=(*key, "templates"))
+        if phrasings is not None:
             self._check_phrasings(key)
             return
         self._format = dataset.format or detect_format(sample, dataset, key)
@@ -79,16 +80,19 @@ def parse_rows(
     Raises:
         UserError: the format is unknown, its columns are missing, or rows are wrong (all of them at once).
     """
-    parser = RowParser(rows, dataset, key=key, base=base)
+    phrasings = None
+    if dataset.templates is not None:
+        phrasings = find_phrasings(dataset.templates, base=base, key=(*key, "templates"))
+    parser = RowParser(rows, dataset, phrasings, key=key)
     documents: list[tuple[Row, Document]] = []
     problems = Problems()
     for row in rows:
         try:
             content = parser.parse(row)
             if isinstance(content, TaskRecord):
-                assert parser.phrasings is not None, "only phrasings make records"
-                choices = parser.phrasings.direct
-                content = phrase(content, parser.phrasings, choices[_choice(seed, row.index, len(choices))])
+                assert phrasings is not None, "only phrasings make records"
+                choices = phrasings.direct
+                content = phrase(content, phrasings, choices[_choice(seed, row.index, len(choices))])
             documents.append((row, content))
         except SkippedRow:
             continue

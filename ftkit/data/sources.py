@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.data.problems import problems_error, shorten
-from ftkit.data.readers import READERS, BadRecord, Record, Stream, drop_struct_nulls
+from ftkit.data.readers import READERS, BadRecord, Record, Stream, plain_values
 from ftkit.data.types import Row
 from ftkit.errors import FtkitError, KeyPath, NetworkError, Problem, StorageError, UserError
 from ftkit.recipe.schema import DatasetSection
@@ -61,7 +61,7 @@ class Source:
     def _records(self) -> Stream:
         if self.hub is not None:
             for index, row in enumerate(self.hub):
-                yield Record(f"{self.hub_name} row {index}", drop_struct_nulls(row))
+                yield Record(f"{self.hub_name} row {index}", plain_values(row))
         for file in self.files:
             with _opened(file):
                 yield from READERS[file.suffix](file, shown(file))

@@ -37,7 +37,11 @@ def split_rows(recipe: Recipe, train: Sequence[Corpus], evaluation: Sequence[Cor
         UserError: a data set keeps no row to train on.
     """
     data = recipe.data
-    groups = groups_of([corpus.keys for corpus in (*train, *evaluation)])
+    corpora = [*train, *evaluation]
+    keys = [corpus.keys for corpus in corpora]
+    # A record must not be trained on in one form and measured in another; in two forms it is two rows to train on.
+    groups = groups_of(keys, [corpus.record_keys for corpus in corpora])
+    again_in_form = repeated(groups_of(keys[: len(train)]))
     trained_groups, measured_groups = groups[: len(train)], groups[len(train) :]
     names = [corpus.name for corpus in train]
     held_out = [np.empty(0, np.int64) for _ in train]
@@ -45,7 +49,7 @@ def split_rows(recipe: Recipe, train: Sequence[Corpus], evaluation: Sequence[Cor
         held_out = split_validation(trained_groups, names, val_size=data.val_size, seed=recipe.seed)
     measured = np.concatenate([*measured_groups, np.empty(0, np.int64)])
     split = Split([], held_out, [], [], [])
-    for corpus, rows, out, again in zip(train, trained_groups, held_out, repeated(trained_groups), strict=True):
+    for corpus, rows, out, again in zip(train, trained_groups, held_out, again_in_form, strict=True):
         keep = np.ones(len(rows), bool)
         keep[out] = False
         also_measured = keep & np.isin(rows, measured)

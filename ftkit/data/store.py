@@ -27,6 +27,7 @@ ROW_SCHEMA = pa.schema(
         ("cluster", pa.string()),
         ("index", pa.int64()),
         ("key", pa.binary(16)),
+        ("record_key", pa.binary(16)),
         ("has_rationale", pa.bool_()),
     ]
 )
@@ -137,7 +138,7 @@ class RowStore:
         return self._last[1], place
 
     def column(self, name: str) -> np.ndarray:
-        """`index`, `key`, `cluster` or `has_rationale` of all rows."""
+        """`index`, `key`, `record_key`, `cluster` or `has_rationale` of all rows."""
         return self._table.column(name)
 
 

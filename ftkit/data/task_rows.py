@@ -47,11 +47,25 @@ def read_record(
     accepted = view.value("references", default=None)
     references += [str(item) for item in accepted] if isinstance(accepted, list) else []
     return TaskRecord(
-        fields={name: view.value(name) for name in phrasings.columns},
+        fields={name: _printable(name, view.value(name)) for name in phrasings.columns},
         target=references[0],
         references=tuple(dict.fromkeys(references)),
         options=options,
         rationale=_rationale(phrasings, view),
+    )
+
+
+def _printable(name: str, value: Any) -> Any:
+    """The value of a column that a phrasing prints: a text, a number, nothing, or a list of such."""
+    if value is None or all(
+        isinstance(item, str | int | float) for item in (value if isinstance(value, list) else [value])
+    ):
+        return value
+    found = f"found {quoted(value)}"
+    parts = ", ".join(f"{{{name}.{part}}}" for part in value) if isinstance(value, dict) else ""
+    raise RowError(
+        f"{name} must be text, a number or a list of them to be printed, {found}",
+        f"name a part of it: {parts}" if parts else "name another column",
     )
 
 
@@ -127,7 +141,7 @@ def _answer(
 ) -> str:
     """The answer as text."""
     section = phrasings.section
-    if value is None or isinstance(value, list | dict):
+    if not isinstance(value, str | int | float):
         raise RowError(f"{section.target} must be text or a number, found {quoted(value)}", "give a text")
     text = str(value).lower() if isinstance(value, bool) else str(value).strip()
     text = labels.get(text, text)

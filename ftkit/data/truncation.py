@@ -76,7 +76,8 @@ def cut_left(example: Example, last_answer: int, *, max_length: int, bos: int | 
         max_length: tokens.
         bos: the tokenizer's BOS.
     """
-    num_bos = int(bos is not None and example.input_ids[0] == bos)
+    # A token that also opens later turns (SmolLM2 has <|im_start|> as its BOS) is no mark of the text's beginning.
+    num_bos = int(example.input_ids[0] == bos and not (example.input_ids[1:] == bos).any())
     start = example.num_tokens - max_length + num_bos
     if start > last_answer - (1 - num_bos):
         return None

@@ -102,6 +102,9 @@ def content_to_json(content: RowContent) -> bytes:
         values = {"messages": [_filled(message) for message in content.messages], **_filled(content, skip="messages")}
     else:
         values = _filled(content)
+        if isinstance(content, TaskRecord):
+            # Also where the phrasings print no column.
+            values["fields"] = content.fields
     return _to_json([kind, values]).encode("utf-8", "surrogatepass")
 
 

@@ -80,9 +80,14 @@ def resolve(loaded: LoadedRecipe) -> Recipe:
     recipe = loaded.recipe
 
     def absolute(kind: str, datasets: Sequence[DatasetSection]) -> tuple[DatasetSection, ...]:
-        bases = [loaded.directory(("data", kind, index, "path")) for index in range(len(datasets))]
-        paths = [_absolute_input(dataset.path, base) for dataset, base in zip(datasets, bases, strict=True)]
-        return tuple(d.model_copy(update={"path": path}) for d, path in zip(datasets, paths, strict=True))
+        resolved = []
+        for index, dataset in enumerate(datasets):
+            key: KeyPath = ("data", kind, index)
+            update = {"path": _absolute_input(dataset.path, loaded.directory((*key, "path")))}
+            if isinstance(dataset.templates, str):
+                update["templates"] = _absolute_templates(dataset.templates, loaded.directory((*key, "templates")))
+            resolved.append(dataset.model_copy(update=update))
+        return tuple(resolved)
 
     model = {
         name: _absolute_input(value, loaded.directory(("model", name)), patterns=False)
@@ -136,6 +141,12 @@ def _absolute_input(text: str, base: Path, *, patterns: bool = True) -> str:
         if glob.glob(pattern, recursive=True):
             return pattern
     return text
+
+
+def _absolute_templates(text: str, base: Path) -> str:
+    """FILE.yaml or FILE.yaml:NAME with an absolute path; a name of the library is no file."""
+    file, suffix, name = text.partition(".yaml")
+    return _absolute_input(file + suffix, base, patterns=False) + name if suffix else text
 
 
 def _without_empty_sections(value: Any, path: KeyPath = ()) -> Any:

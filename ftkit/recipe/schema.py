@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ftkit.recipe.method_schema import AdapterMethod, FullMethod, LoraMethod
-from ftkit.recipe.section import Auto, ListOf, NonEmpty, Section, Share, StepsOrShare
+from ftkit.recipe.section import Auto, ListOf, NonEmpty, Probability, Section, Share, StepsOrShare
 
 
 class ModelSection(Section):
@@ -80,9 +80,9 @@ class DatasetSection(Section):
     FILE.yaml:NAME), or a list of prompts."""
     labels: dict[str, str] = {}
     """With templates: the source's answers in the phrasings' words, e.g. {"yes": equivalent}."""
-    rationale: Literal["never", "always"] | Share = "never"
+    rationale: Literal["never", "always"] | Probability = "never"
     """With templates: share of the draws that ask for the reasoning before the answer, in rows that have one."""
-    few_shot: Share = 0.0
+    few_shot: Probability = 0.0
     """With templates: share of the draws that show solved examples, other rows of the data set, before the question."""
     shots: Annotated[int, Field(ge=1, le=8)] = 3
     """Solved examples in such a draw."""

@@ -10,6 +10,7 @@ ListOf = Annotated[tuple[Item, ...], Field(strict=False)]
 Auto = Literal["auto"]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 StepsOrShare = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=1.0)]
 """Optimizer steps as a whole number, or a share of the run below 1."""
 
