@@ -30,6 +30,14 @@ def test_the_log_gets_what_the_terminal_shows_every_line_with_its_rank(tmp_path)
     assert stream.getvalue().splitlines()[-1] == "after"
 
 
+def test_what_is_in_the_data_does_not_steer_the_terminal():
+    stream = io.StringIO()
+    console = Console(stream=stream)
+    console.line("a\x1b[31mb\rc")
+    console.styled([("d\x07\ne", "bold"), ("\x9bf\x7f", "")])
+    assert stream.getvalue() == "a␛[31mb␍c\nd␇\ne�f␡\n"
+
+
 def test_a_row_of_a_table_in_a_pipe_is_one_line():
     stream = io.StringIO()
     table = make_table("title", [("x" * 90, "left"), ("y" * 90, "right")])

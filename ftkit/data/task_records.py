@@ -51,5 +51,5 @@ def generic_prompt(inputs: Mapping[str, Any]) -> str:
 def render_field(value: Any) -> str:
     """A field as text: lists as lines that start with "- ", null as nothing, no white space around it."""
     if isinstance(value, list):
-        return "\n".join(f"- {item}" for item in value)
+        return "\n".join(f"- {item}" for item in value if item is not None)
     return "" if value is None else str(value).strip()

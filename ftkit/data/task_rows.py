@@ -57,14 +57,12 @@ def read_record(
 
 def _printable(name: str, value: Any) -> Any:
     """The value of a column that a phrasing prints: a text, a number, nothing, or a list of such."""
-    if value is None or all(
-        isinstance(item, str | int | float) for item in (value if isinstance(value, list) else [value])
-    ):
+    values = value if isinstance(value, list) else [value]
+    if all(item is None or isinstance(item, str | int | float) for item in values):
         return value
-    found = f"found {quoted(value)}"
     parts = ", ".join(f"{{{name}.{part}}}" for part in value) if isinstance(value, dict) else ""
     raise RowError(
-        f"{name} must be text, a number or a list of them to be printed, {found}",
+        f"{name} must be text, a number or a list of them to be printed, found {quoted(value)}",
         f"name a part of it: {parts}" if parts else "name another column",
     )
 

@@ -47,8 +47,9 @@ def test_what_fails_or_is_killed_leaves_no_entry(root: Path) -> None:
         prepared("key", fail)
     assert [path.name for path in root.iterdir()] == [".key.lock"]
     # As a kill in the middle of a copy would leave it.
-    (root / "key").mkdir()
-    (root / "key" / "x").write_text("half")
+    for directory in (root / "key", root / ".key-abandoned"):
+        directory.mkdir()
+        (directory / "x").write_text("half")
 
     def write(directory: Path) -> None:
         (directory / "x").write_text("whole")
@@ -56,6 +57,7 @@ def test_what_fails_or_is_killed_leaves_no_entry(root: Path) -> None:
     entry = prepared("key", write)
     assert (entry / "x").read_text() == "whole"
     assert (entry / FINISHED).is_file()
+    assert sorted(path.name for path in root.iterdir()) == [".key.lock", "key"]
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,20 @@ def test_keys_and_numbers_of_options() -> None:
         record_of(numbered, {"text": "t", "a": "x", "b": "y", "answer": 3})
 
 
+def test_what_is_no_text_is_not_printed() -> None:
+    """Nor what Python says of it."""
+    with pytest.raises(RowError) as caught:
+        record_of(phrasings_of(), {"text": {"de": "Hund", "en": "dog"}, "target": "x"})
+    assert caught.value.what.startswith("text must be text, a number or a list of them to be printed, found {'de'")
+    assert caught.value.how == "name a part of it: {text.de}, {text.en}"
+    for value in (b"\xff", [b"\xff"]):
+        with pytest.raises(RowError, match="must be text, a number or a list of them to be printed, found"):
+            record_of(phrasings_of(), {"text": value, "target": "x"})
+    with pytest.raises(RowError, match="target must be text or a number"):
+        record_of(phrasings_of(), {"text": "t", "target": b"\xff"})
+    assert record_of(phrasings_of(), {"text": ["a", 1, None], "target": "x"}).fields == {"text": ["a", 1, None]}
+
+
 def test_a_task_record_is_read_by_its_own_names() -> None:
     phrasings = phrasings_of(target="answerKey", options="choices", target_keys=("A", "B"), rationale="why")
     inputs = {"text": "t", "options": ["(A) x", "(B) y"]}

@@ -184,13 +184,16 @@ def test_which_templates_ask_for_thoughts(name: str, keyword: bool | None, expec
 
 def test_the_warning_names_the_remedies_that_there_are() -> None:
     qwen, gptoss = (ChatTemplate(tokenizer_for(name), read_template(name)) for name in ("qwen3", "gptoss"))
-    (warning,) = warn_thinking(qwen, saw_reasoning=False)
+    (warning,) = warn_thinking(qwen, 0, 100)
+    assert "no trained turn has thoughts" in warning
     assert "set data.chat_template_kwargs: {enable_thinking: false}, or train on rows with thoughts" in warning
-    (warning,) = warn_thinking(gptoss, saw_reasoning=False)
+    # One row in 25 does not keep it from unlearning.
+    (warning,) = warn_thinking(gptoss, 4, 100)
+    assert "4 of 100 rows have thoughts" in warning
     assert "enable_thinking" not in warning
     assert warning.endswith("train on rows with thoughts (reasoning_content, or <think>...</think> before the answer)")
-    assert warn_thinking(qwen, saw_reasoning=True) == []
-    assert warn_thinking(qwen.with_kwargs({"enable_thinking": False}), saw_reasoning=False) == []
+    assert warn_thinking(qwen, 5, 100) == []
+    assert warn_thinking(qwen.with_kwargs({"enable_thinking": False}), 0, 100) == []
 
 
 def test_an_encoder_says_whether_it_saw_thoughts() -> None:

@@ -1,4 +1,6 @@
 import json
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,21 @@ def test_parquet_without_the_nulls_that_arrow_puts_into_structs(here: Path) -> N
     assert read(here, "a.parquet") == [(0, rows[0], "a.parquet: row 0"), (1, rows[1], "a.parquet: row 1")]
     (here / "b.parquet").write_text("no")
     assert "b.parquet: not a parquet file" in problems(here, "b.parquet")
+
+
+def test_values_that_json_has_not(here: Path) -> None:
+    """Dates and decimals are their text; NaN and infinities, which stand in for a missing number, are null."""
+    row = {"day": date(2020, 1, 31), "at": datetime(2020, 1, 31, 12), "price": Decimal("1.50"), "score": float("nan")}
+    rows = [{**row, "call": {"arguments": {"day": date(2020, 2, 1)}}, "picture": b"\xff"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), here / "a.parquet")
+    plain = {"day": "2020-01-31", "at": "2020-01-31T12:00:00", "price": "1.50", "score": None}
+    plain |= {"call": {"arguments": {"day": "2020-02-01"}}, "picture": b"\xff"}
+    assert read(here, "a.parquet") == [(0, plain, "a.parquet: row 0")]
+    lines = '{"a": NaN, "b": [1e999, -Infinity, 1.5, 2]}'
+    (here / "a.jsonl").write_text(lines)
+    (here / "a.json").write_text(f"[{lines}]")
+    for name in ("a.jsonl", "a.json"):
+        assert read(here, name) == [(0, {"a": None, "b": [None, None, 1.5, 2]}, f"{name}:1")]
 
 
 # ---------------------------------------------------------------------------------------------- paths and names

@@ -99,6 +99,17 @@ def test_left_keeps_bos() -> None:
     assert marked(tiny_tokenizer(), barely) == "<|endoftext|>⟦Bye<|im_end|>⟧"
 
 
+def test_left_keeps_no_token_that_opens_every_turn() -> None:
+    """SmolLM2 calls <|im_start|> its BOS: left before half a text, it would open a turn that has no role."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    encoder = encoder_for(tokenizer, truncation="left")
+    (whole,) = encode(encoder, *HI)
+    encoder.max_length = 30
+    (example,) = encode(encoder, *HI)
+    assert example.input_ids.tolist() == whole.input_ids[-30:].tolist()
+
+
 def test_left_never_cuts_the_last_answer_that_is_trained() -> None:
     messages = (*HI[:2], user("And?"), assistant("Bye", train=False))
     (example,) = result_of(Conversation(messages), truncation="left", max_length=25).examples

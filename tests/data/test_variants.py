@@ -1,6 +1,7 @@
 """How drawn rows are asked: shares of reasoning and of solved examples, another phrasing in each epoch."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_phrasings_are_drawn_evenly_and_anew_in_each_epoch() -> None:
     assert (first != variants(epoch=0, seed=1)["phrasing"]).any()
 
 
-@pytest.mark.parametrize(("rationale", "share"), [("never", 0.0), (0.25, 0.25), ("always", 1.0)])
+@pytest.mark.parametrize(("rationale", "share"), [("never", 0.0), (0.25, 0.25), ("always", 1.0), (1.0, 1.0)])
 def test_reasoning_is_asked_for_in_a_share_of_the_rows_that_have_it(rationale: Any, share: float) -> None:
     reasoned = variants(rationale=rationale)["phrasing"] == 2
     assert reasoned[::2].mean() == pytest.approx(share, abs=0.04)
@@ -82,14 +83,20 @@ def test_rows_that_are_measured_are_asked_directly_and_always_alike() -> None:
 # -------------------------------------------------------------------------------------------------------- in a plan
 
 
-def plan(directory: Path, rows: list[Any], data: dict[str, Any] | None = None, **keys: Any) -> Plan:
+def plan(
+    directory: Path,
+    rows: list[Any],
+    data: dict[str, Any] | None = None,
+    others: Sequence[DatasetSection] = (),
+    **keys: Any,
+) -> Plan:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (directory / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
     (directory / "mine.yaml").write_text(json.dumps({"one": PHRASINGS}))
-    section = DatasetSection(path="rows.jsonl", templates="mine.yaml", **keys)
+    section = DatasetSection.model_validate({"path": "rows.jsonl", "templates": "mine.yaml", **keys})
     recipe = Recipe(
         base_model="tiny",
-        data=DataSection(train=(section,), **{"val_size": 0.0, **(data or {})}),
+        data=DataSection(train=(section, *others), **{"val_size": 0.0, **(data or {})}),
         method=LoraMethod(type="lora"),
         training=TrainingSection(num_train_epochs=3, global_batch_size=4),
     )
@@ -119,8 +126,8 @@ def test_a_row_is_asked_in_several_ways_over_the_epochs(tmp_path: Path) -> None:
         assert all(any(text.endswith(end) for end in (answered, labelled, turned)) for text in ways)
     reasoned = texts(plan(tmp_path, rows, rationale="always"))
     assert all(f"since {row}\nThe answer is answer {row}.<|im_end|>" in text for row, text in reasoned)
-    shown = texts(plan(tmp_path, rows, few_shot=0.99, shots=1))
-    assert sum(text.count("question ") == 2 for _, text in shown) > 50
+    shown = texts(plan(tmp_path, rows, few_shot=1.0, shots=1))
+    assert sum(text.count("question ") == 2 for _, text in shown) == 60
 
 
 def test_reasoning_that_no_row_has_is_not_asked_for_in_silence(tmp_path: Path) -> None:
@@ -130,6 +137,33 @@ def test_reasoning_that_no_row_has_is_not_asked_for_in_silence(tmp_path: Path) -
     assert missing not in plan(tmp_path, rows).warnings
     rows[1]["why"] = "since"
     assert missing not in plan(tmp_path, rows, rationale=0.5).warnings
+    direct = "no phrasing of own asks for the reasoning (rows): `rationale: always` changes nothing"
+    assert direct in plan(tmp_path, rows, templates=("{q}",), rationale="always", columns={"target": "a"}).warnings
+
+
+def test_a_phrasing_may_print_no_column(tmp_path: Path) -> None:
+    rows = [{"target": "Why did the ..."}, {"target": "A horse ..."}]
+    drawn = texts(plan(tmp_path, rows, templates=("Tell me a joke.",)))
+    assert len(drawn) == 6
+    assert all("Tell me a joke." in text and rows[row]["target"] in text for row, text in drawn)
+
+
+def test_a_record_is_the_same_in_other_words(tmp_path: Path) -> None:
+    """What is measured must not be trained on in another form; two forms of a record are two rows to train on."""
+    records = [{"inputs": {"q": f"question {row}"}, "target": f"answer {row}"} for row in range(40)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (records[3], records[7])))
+    measured = DatasetSection(path="test.jsonl", template="Something else: {q}")
+    (counts,) = plan(tmp_path, records, {"eval": (measured,)}).counts
+    assert counts.overlapping == {"a row of data.eval": [3, 7]}
+    (counts,) = plan(tmp_path, records, {"eval": (measured,), "deduplicate": True}).counts
+    assert counts.dropped == {"says the same as a row of data.eval (data.deduplicate)": [3, 7]}
+
+    other = DatasetSection(path="rows.jsonl", name="other", template="Something else: {q}")
+    both = plan(tmp_path, records, {"val_size": 8, "deduplicate": True}, others=(other,))
+    assert [counts.overlapping | counts.dropped for counts in both.counts] == [{}, {}]
+    rows, others = (set(both.validation_rows.get(name, ())) for name in ("rows", "other"))
+    assert rows == others
+    assert rows
 
 
 def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(tmp_path: Path) -> None:

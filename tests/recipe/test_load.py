@@ -359,7 +359,7 @@ def test_an_override_wins_over_another_name_in_the_file(tmp_path: Path) -> None:
 def test_resolve_makes_existing_inputs_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = tmp_path / "recipes"
     (recipes / "data").mkdir(parents=True)
-    for name in ("data/a.json", "data/b.json", "chat.jinja"):
+    for name in ("data/a.json", "data/b.json", "chat.jinja", "own.yaml"):
         (recipes / name).touch()
     for name in ("model", "tokenizer"):
         (tmp_path / name).mkdir()
@@ -369,7 +369,11 @@ base_model: ../model
 model: {chat_template: chat.jinja, tokenizer: ../tokenizer}
 data:
   train: [{path: data/a.json}, {path: data/*.json}, {path: data}, {path: org/data}, {path: hf://data/a.json}]
-  eval: [{path: missing/*.json}, {path: HERE/data/b.json}]
+  eval:
+    - {path: missing/*.json}
+    - {path: HERE/data/b.json, templates: own.yaml}
+    - {path: missing/b.json, templates: own.yaml:one}
+    - {path: missing/c.json, templates: sst2}
 method: {type: full}
 """.replace("HERE", str(recipes))
     recipe = resolve(load(recipes, text))
@@ -383,7 +387,9 @@ method: {type: full}
         "org/data",
         "hf://data/a.json",
     ]
-    assert [dataset.path for dataset in recipe.data.eval] == ["missing/*.json", str(recipes / "data/b.json")]
+    assert [dataset.path for dataset in recipe.data.eval[:2]] == ["missing/*.json", str(recipes / "data/b.json")]
+    own = recipes / "own.yaml"
+    assert [dataset.templates for dataset in recipe.data.eval[1:]] == [str(own), f"{own}:one", "sst2"]
     assert resolve(load(recipes, BASE + "model: {chat_template: chatml}\n")).model.chat_template == "chatml"
 
 
