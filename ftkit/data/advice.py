@@ -95,6 +95,15 @@ def warn_no_reasoning(corpora: Sequence[Corpus]) -> list[str]:
     ]
 
 
+def warn_overlooked(corpora: Sequence[Corpus]) -> list[str]:
+    """Columns that are not read, though they seem to be an optional one under another name."""
+    return [
+        f"column {column} of {corpus.name} is not read; if it is {meant}, say so: `columns: {{{meant}: {column}}}`"
+        for corpus in corpora
+        for column, meant in corpus.overlooked.items()
+    ]
+
+
 def warn_left_out(names: Sequence[str]) -> list[str]:
     """Data sets of which data.clusters or data.exclude_clusters leave nothing: meant for held-out tasks, but told."""
     return [f"not trained on, since all rows are of a cluster that is left out: {', '.join(names)}"] if names else []

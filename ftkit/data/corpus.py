@@ -53,6 +53,8 @@ class Corpus:
     """Reason -> row ids."""
     unread: dict[int, str] = field(default_factory=dict)
     """Row id -> `file:line`, of rows that are in no store."""
+    overlooked: dict[str, str] = field(default_factory=dict)
+    """Columns that are not read -> the format's column that each seems to be (`overlooked_columns`)."""
 
     def where(self, row: int) -> str:
         """`file:line` of a row, by its id."""
@@ -131,7 +133,8 @@ def load_corpus(
             what = f"{section.path} has no rows of these clusters (its own: {clusters})"
             raise UserError(what, how="look at clusters and exclude_clusters", key=(*key, "path"))
     chosen = chosen[choose_subset(len(chosen), section.max_samples, seed=seed, name=name)]
-    return Corpus(name, key, section, store, chosen, phrasings, facts["rows_read"], dropped, unread)
+    rows_read, overlooked = facts["rows_read"], facts["overlooked"]
+    return Corpus(name, key, section, store, chosen, phrasings, rows_read, dropped, unread, overlooked)
 
 
 def check_clusters(data: DataSection, train: Sequence[Corpus]) -> None:
@@ -200,7 +203,8 @@ def _write_rows(
             reading.note(found)
         reading.finish(section)
         raise no_rows(section, key)
-    worker = _RowReader(RowParser(sample, section, phrasings, key=key))
+    parser = RowParser(sample, section, phrasings, key=key)
+    worker = _RowReader(parser)
     parts = _in_parts(chain(first, stream))
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -216,7 +220,8 @@ def _write_rows(
         reasons = "; ".join(f"{len(ids)}: {reason}" for reason, ids in reading.dropped.items())
         raise UserError(f"{section.path} has no row that can be used ({reasons})", key=(*key, "path"))
     unread = {"rows": list(reading.unread), "places": list(reading.unread.values())}
-    write_facts(directory, {"rows_read": reading.rows_read, "dropped": reading.dropped, "unread": unread})
+    facts = {"rows_read": reading.rows_read, "dropped": reading.dropped, "unread": unread}
+    write_facts(directory, {**facts, "overlooked": parser.overlooked})
 
 
 @dataclass

@@ -3,6 +3,7 @@
 To add a format: one function from a row to a document, and one line in FORMATS.
 """
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +127,7 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "text": ("content", "document"),
     "target": ("answer", "label", "output"),
 }
-"""Column -> names that it has in other data sets; only for the fix that an error suggests."""
+"""Column -> names that it has in other data sets; only for the fix that an error or a warning suggests."""
 
 
 def detect_format(rows: Sequence[Row], dataset: DatasetSection, key: KeyPath) -> str:
@@ -195,6 +196,19 @@ def check_columns(rows: Sequence[Row], name: str, dataset: DatasetSection, key: 
         mapping = _mapping(name, present) or f"{{{missing[0]}: NAME}}"
         how = f"map them (`columns: {mapping}`) or correct `format`"
         raise UserError(what, how=how, key=key)
+
+
+def overlooked_columns(rows: Sequence[Row], name: str, dataset: DatasetSection) -> dict[str, str]:
+    """Columns that are not read -> the optional column, not there, that each seems to be under another name."""
+    present, sources = _present(rows), source_columns(name, dataset)
+    unread = [column for column in present if column not in sources.values()]
+    found: dict[str, str] = {}
+    for column in FORMATS[name].optional:
+        if sources[column] not in present:
+            nearly = difflib.get_close_matches(column, unread, n=1, cutoff=0.8)
+            known = [other for other in _OTHER_NAMES.get(column, ()) if other in unread]
+            found |= dict.fromkeys([*known, *nearly][:1], column)
+    return found
 
 
 def _missing(name: str, dataset: DatasetSection, present: Iterable[str]) -> list[str]:

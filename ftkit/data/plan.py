@@ -155,6 +155,7 @@ def make_plan(
         *advice.warn_repeats(plan.counts),
         *advice.warn_thinking(encoder.template, drawn.encoded.with_thoughts, len(drawn.jobs)),
         *advice.warn_no_reasoning(train),
+        *advice.warn_overlooked([*train, *evaluation]),
         *split.warnings,
         *advice.warn_left_out(left_out),
     ]

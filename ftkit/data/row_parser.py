@@ -4,7 +4,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ftkit.data.formats import FORMATS, check_columns, check_section, detect_format, source_columns
+from ftkit.data.formats import FORMATS, check_columns, check_section, detect_format, overlooked_columns, source_columns
 from ftkit.data.phrasings import PhrasingSet, find_phrasings, phrase
 from ftkit.data.problems import Problems, RowError
 from ftkit.data.task_rows import SkippedRow, read_record
@@ -32,6 +32,8 @@ class RowParser:
         self.phrasings = phrasings
         """Where rows are put into words anew in each epoch."""
         self.dataset = dataset
+        self.overlooked: dict[str, str] = {}
+        """Columns of the sample that are not read -> what each seems to be."""
         if phrasings is not None:
             self._check_phrasings(key)
             return
@@ -39,6 +41,7 @@ class RowParser:
         check_section(self._format, dataset, key)
         check_columns(sample, self._format, dataset, key)
         self._sources = source_columns(self._format, dataset)
+        self.overlooked = overlooked_columns(sample, self._format, dataset)
 
     def parse(self, row: Row) -> RowContent:
         """What the row holds.

@@ -126,3 +126,11 @@ def test_no_weights_are_needed(recipe: Path, capsys: pytest.CaptureFixture[str])
     weights = next(base.glob("*.safetensors"))
     weights.write_bytes(b"")
     show(capsys, recipe)
+
+
+def test_a_column_that_seems_to_be_misspelt_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = recipe.parent / "rows.jsonl"
+    told = "warning: column inpt of rows is not read; if it is input, say so: `columns: {input: inpt}`"
+    assert told not in show(capsys, recipe)
+    rows.write_text(rows.read_text().replace('"input"', '"inpt"'))
+    assert told in show(capsys, recipe)

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.data.formats import FORMATS, detect_format
+from ftkit.data.formats import FORMATS, detect_format, overlooked_columns
 from ftkit.data.row_parser import parse_rows
 from ftkit.data.types import Conversation, Message, Row, Text
 from ftkit.errors import UserError
@@ -352,3 +352,18 @@ def test_all_bad_rows_are_reported_together() -> None:
     lines = problem(good, *many).splitlines()
     assert len(lines) == 21
     assert lines[-1] == "data.json: 10 more of 30 problems are not shown"
+
+
+@pytest.mark.parametrize(
+    ("columns", "overlooked"),
+    [
+        (("instruction", "output", "inpt"), {"inpt": "input"}),
+        (("instruction", "output", "context", "id"), {"context": "input"}),
+        (("instruction", "output", "input", "inputs", "context"), {}),
+        (("instruction", "output", "source", "category"), {}),
+    ],
+)
+def test_columns_that_seem_to_be_meant_are_found(columns: tuple[str, ...], overlooked: dict[str, str]) -> None:
+    rows = [Row(0, dict.fromkeys(columns, "x"), "a:1")]
+    assert overlooked_columns(rows, "alpaca", section()) == overlooked
+    assert overlooked_columns(rows, "alpaca", section(columns={"input": columns[2]})) == {}
