@@ -109,6 +109,11 @@ def warn_left_out(names: Sequence[str]) -> list[str]:
     return [f"not trained on, since all rows are of a cluster that is left out: {', '.join(names)}"] if names else []
 
 
+def warn_no_such_cluster(names: Sequence[str]) -> list[str]:
+    """Clusters that the recipe names and none of its rows is of: a held-out task may go by another name here."""
+    return [f"no row of data.train is of the cluster {', '.join(names)}, which the recipe names"] if names else []
+
+
 def warn_overlapping(name: str, overlapping: Mapping[str, Sequence[int]]) -> list[str]:
     """Rows of a data set that are trained on though they say the same as an earlier or as a validation row.
 

@@ -137,10 +137,13 @@ def load_corpus(
     return Corpus(name, key, section, store, chosen, phrasings, rows_read, dropped, unread, overlooked)
 
 
-def check_clusters(data: DataSection, train: Sequence[Corpus]) -> None:
+def check_clusters(data: DataSection, train: Sequence[Corpus]) -> list[str]:
     """Check that every cluster that the recipe names exists, in a data set of it or in the library.
 
     A misspelt name in `exclude_clusters` would leave a held-out task in the training data.
+
+    Returns:
+        Names that are clusters of the library, of which the recipe's data has no row.
 
     Raises:
         UserError: one does not; all that do are named.
@@ -158,6 +161,7 @@ def check_clusters(data: DataSection, train: Sequence[Corpus]) -> None:
         raise UserError.of(
             [Problem(f"there is no cluster {name} in data.train", how, key=key) for key, name in unknown]
         )
+    return sorted({name for _, name in named} - known)
 
 
 def _entry_key(section: DatasetSection, data: DataSection, digest: str, phrasings: PhrasingSet | None) -> str:
@@ -196,12 +200,14 @@ def _write_rows(
 ) -> None:
     """Read the rows, a batch in memory at a time."""
     first = list(islice(stream, SAMPLE))
+    while not any(isinstance(found, Row) for found in first) and (more := list(islice(stream, SAMPLE))):
+        first += more
     sample = [found for found in first if isinstance(found, Row)]
     reading = _Reading(skip_bad=data.on_bad_row == "skip")
     if not sample:
-        for found in chain(first, stream):
+        for found in first:
             reading.note(found)
-        reading.finish(section)
+        reading.finish(section, key)
         raise no_rows(section, key)
     parser = RowParser(sample, section, phrasings, key=key)
     worker = _RowReader(parser)
@@ -215,10 +221,7 @@ def _write_rows(
             yield read.rows
 
     write_table(directory / ROWS, ROW_SCHEMA, batches())
-    reading.finish(section)
-    if reading.kept == 0:
-        reasons = "; ".join(f"{len(ids)}: {reason}" for reason, ids in reading.dropped.items())
-        raise UserError(f"{section.path} has no row that can be used ({reasons})", key=(*key, "path"))
+    reading.finish(section, key)
     unread = {"rows": list(reading.unread), "places": list(reading.unread.values())}
     facts = {"rows_read": reading.rows_read, "dropped": reading.dropped, "unread": unread}
     write_facts(directory, {**facts, "overlooked": parser.overlooked})
@@ -276,6 +279,8 @@ class _Reading:
         """Row id -> `file:line`, of all of these."""
         self._skip_bad = skip_bad
         self._problems = Problems()
+        self._mend: str | None = None
+        """How the first row that was left out is mended."""
 
     def add(self, read: _Read) -> None:
         """Take over what is known of the next part."""
@@ -297,9 +302,13 @@ class _Reading:
         elif isinstance(found, Problem):
             self._problems.add(found)
 
-    def finish(self, section: DatasetSection) -> None:
-        """Raise all that was wrong."""
+    def finish(self, section: DatasetSection, key: KeyPath) -> None:
+        """Raise all that was wrong, or that every row was left out."""
         self._problems.raise_any(of=section.path)
+        if self.kept == 0 and self.dropped:
+            reasons = "; ".join(f"{len(ids)}: {reason}" for reason, ids in self.dropped.items())
+            what = f"{section.path} has no row that can be used ({reasons}), first {next(iter(self.unread.values()))}"
+            raise UserError(what, how=self._mend, key=(*key, "path"))
 
     def _bad(self, problem: Problem, row: int) -> None:
         if self._skip_bad:
@@ -309,6 +318,8 @@ class _Reading:
             self._problems.add(problem)
 
     def _leave_out(self, row: int, problem: Problem, reason: str) -> None:
+        if not self.dropped:
+            self._mend = problem.how
         self.dropped.setdefault(reason, []).append(row)
         self.unread[row] = problem.where or ""
 

@@ -64,7 +64,7 @@ def draw_run(recipe: Recipe, train: Sequence[Corpus], split: Split, encoder: Enc
         as_bytes = flat.view(np.dtype((np.void, flat.dtype.itemsize)))
         _, first, inverse = np.unique(as_bytes, return_index=True, return_inverse=True)
         jobs = flat[first]
-        encoded = encode_jobs(jobs, train, encoder, progress=progress)
+        encoded = encode_jobs(jobs, train, encoder, skip_bad=recipe.data.on_bad_row == "skip", progress=progress)
         check_any_target(train, jobs, encoded)
         steps, passed = _deal_steps(recipe, epochs, inverse, encoded.first)
         if num_steps is None or len(steps) >= num_steps or exhausted:

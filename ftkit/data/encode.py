@@ -17,7 +17,7 @@ from ftkit.data.reasoning import has_thoughts, split_thoughts
 from ftkit.data.rendering import RenderedExample, TurnsMode, render_examples
 from ftkit.data.token_spans import SpanTokenizer, Tokens
 from ftkit.data.trained_turns import TrainOn, turns_to_render
-from ftkit.data.truncation import cut_left, shorten
+from ftkit.data.truncation import TooLongError, cut_left, shorten
 from ftkit.data.types import Conversation, Document, Example, Message, Text
 from ftkit.errors import UserError
 from ftkit.recipe.schema import DataSection
@@ -279,7 +279,7 @@ class Encoder:
         if num_tokens <= self.max_length:
             return self._example(encoded)
         if self.truncation == "error":
-            raise UserError(
+            raise TooLongError(
                 f"{num_tokens} tokens are more than data.max_length: {self.max_length}",
                 how="raise it, shorten the row, or set data.truncation to oldest_turns, left or drop",
                 where=where or None,

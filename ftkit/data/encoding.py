@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ftkit.data.cache import code_version, digest_of, prepared
 from ftkit.data.corpus import Corpus, Progress
 from ftkit.data.encode import Encoder, EncodeResult
 from ftkit.data.encode_many import Found, encode_many
-from ftkit.data.problems import Problems, RowError
+from ftkit.data.problems import MAX_SHOWN, Problems, RowError
 from ftkit.data.processes import MIN_PARALLEL, work
 from ftkit.data.store import (
     EXAMPLE_SCHEMA,
@@ -24,6 +25,7 @@ from ftkit.data.store import (
     write_facts,
     write_table,
 )
+from ftkit.data.truncation import TooLongError
 from ftkit.data.types import IGNORE, Example
 from ftkit.data.variants import document_of
 from ftkit.errors import Problem, UserError
@@ -31,6 +33,7 @@ from ftkit.errors import Problem, UserError
 CHUNK = 512
 """Jobs that a process encodes at once."""
 JOBS = "jobs.npz"
+OTHER = "something else is wrong (data.on_bad_row: skip)"
 
 
 @dataclass
@@ -49,13 +52,16 @@ class Encoded:
     """Whether any trained conversation holds thoughts."""
 
 
-def encode_jobs(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *, progress: Progress) -> Encoded:
+def encode_jobs(
+    jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *, skip_bad: bool, progress: Progress
+) -> Encoded:
     """Encode every job once, or find them encoded.
 
     Args:
         jobs: sorted, each once; `dataset` is an index into `corpora`.
         corpora: their data sets.
         encoder: turns documents into examples.
+        skip_bad: whether rows that the chat template does not take drop out.
         progress: told how far it is.
 
     Raises:
@@ -63,10 +69,9 @@ def encode_jobs(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, *
     """
     sources = [corpus.store.directory.name for corpus in corpora]
     forms = [[c.section.chat_template_kwargs, c.phrasings and c.phrasings.as_json()] for c in corpora]
-    key = digest_of(
-        "examples", code_version(), sources, forms, encoder.digest, hashlib.sha256(jobs.tobytes()).hexdigest()
-    )
-    entry = prepared(key, lambda directory: _write(directory, jobs, corpora, encoder, progress))
+    of_jobs = hashlib.sha256(jobs.tobytes()).hexdigest()
+    key = digest_of("examples", code_version(), sources, forms, encoder.digest, of_jobs, skip_bad)
+    entry = prepared(key, lambda directory: _write(directory, jobs, corpora, encoder, skip_bad, progress))
     facts = read_facts(entry)
     with np.load(entry / JOBS) as arrays:
         counts, reason, uncut = arrays["counts"], arrays["reason"], arrays["uncut"]
@@ -92,13 +97,13 @@ class _Chunk:
 class _ChunkEncoder:
     """Encodes chunks."""
 
-    def __init__(self, corpora: Sequence[Corpus], encoder: Encoder) -> None:
-        self._corpora, self._encoder = corpora, encoder
+    def __init__(self, corpora: Sequence[Corpus], encoder: Encoder, *, skip_bad: bool) -> None:
+        self._corpora, self._encoder, self._skip_bad = corpora, encoder, skip_bad
         self._indices = [corpus.store.column("index") for corpus in corpora]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process reads the columns from the file.
-        return type(self), (self._corpora, self._encoder)
+        return partial(type(self), skip_bad=self._skip_bad), (self._corpora, self._encoder)
 
     def __call__(self, jobs: np.ndarray) -> _Chunk:
         chunk, columns = _Chunk(), ExampleColumns()
@@ -118,8 +123,9 @@ class _ChunkEncoder:
 
     def _note(self, job: np.ndarray, result: EncodeResult | UserError, chunk: _Chunk, columns: ExampleColumns) -> None:
         if isinstance(result, UserError):
-            chunk.problems += result.problems
-            result = EncodeResult([])
+            skipped = f"{result.problems[0].what} (data.on_bad_row: skip)" if self._skips(result) else None
+            chunk.problems += [] if skipped else result.problems
+            result = EncodeResult([], reason=skipped)
         number, position = int(job["dataset"]), int(job["position"])
         for example in result.examples:
             _add(columns, example, number, int(self._indices[number][position]))
@@ -127,6 +133,10 @@ class _ChunkEncoder:
         chunk.reasons.append(result.reason)
         chunk.uncut.append(result.uncut)
         chunk.with_thoughts += result.has_thoughts
+
+    def _skips(self, error: UserError) -> bool:
+        # A row that is too long is not bad: `truncation: error` asks for an error.
+        return self._skip_bad and not isinstance(error, TooLongError)
 
 
 def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> None:
@@ -146,9 +156,16 @@ def _add(columns: ExampleColumns, example: Example, dataset: int, row: int) -> N
 # ------------------------------------------------------------------------------------------------------ all of them
 
 
-def _write(directory: Path, jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder, progress: Progress) -> None:
+def _write(
+    directory: Path,
+    jobs: np.ndarray,
+    corpora: Sequence[Corpus],
+    encoder: Encoder,
+    skip_bad: bool,
+    progress: Progress,
+) -> None:
     summary = _Summary(len(jobs))
-    chunks = _encoded_chunks(jobs, corpora, encoder)
+    chunks = _encoded_chunks(jobs, _ChunkEncoder(corpora, encoder, skip_bad=skip_bad))
 
     def batches() -> Iterator[pa.RecordBatch]:
         for chunk in chunks:
@@ -182,7 +199,9 @@ class _Summary:
         for place, reason in enumerate(chunk.reasons, start=self.done):
             if reason is not None:
                 if reason not in self.reasons:
-                    self.reasons.append(reason)
+                    # Templates may name what is in the row: a reason for each would be no list to read.
+                    reason = reason if len(self.reasons) < MAX_SHOWN else OTHER
+                    self.reasons += [] if reason in self.reasons else [reason]
                 self.reason[place] = self.reasons.index(reason)
         self.with_thoughts += chunk.with_thoughts
         for problem in chunk.problems:
@@ -190,8 +209,8 @@ class _Summary:
         self.done = end
 
 
-def _encoded_chunks(jobs: np.ndarray, corpora: Sequence[Corpus], encoder: Encoder) -> Iterator[_Chunk]:
+def _encoded_chunks(jobs: np.ndarray, encoder: _ChunkEncoder) -> Iterator[_Chunk]:
     """The chunks in order."""
     parts = [jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK)]
     here = 0 if len(jobs) >= MIN_PARALLEL else len(parts)
-    yield from work(_ChunkEncoder(corpora, encoder), parts, here=here)
+    yield from work(encoder, parts, here=here)

@@ -149,7 +149,7 @@ def detect_format(rows: Sequence[Row], dataset: DatasetSection, key: KeyPath) ->
         fitting.remove("text")
     if len(fitting) == 1:
         return fitting[0]
-    seen = f"columns {', '.join(present)}; first row {_short_row(rows[0])}"
+    seen = f"columns {', '.join(present)}; first row {_short_row(rows[0])}{_other_layout(rows)}"
     if fitting:
         how = f"set `format:` to one of {', '.join(fitting)}"
         raise UserError(f"{dataset.path} fits several formats ({seen})", how=how, key=key)
@@ -191,11 +191,20 @@ def check_columns(rows: Sequence[Row], name: str, dataset: DatasetSection, key: 
             how = f"name one of {', '.join(present)}"
             raise UserError(f"{dataset.path} has no column {source}", how=how, key=(*key, "columns", column))
     if missing := _missing(name, dataset, present):
-        seen = f"its columns: {', '.join(present)}; first row {_short_row(rows[0])}"
+        seen = f"its columns: {', '.join(present)}; first row {_short_row(rows[0])}{_other_layout(rows)}"
         what = f"{dataset.path} lacks {', '.join(missing)} of format {name} ({seen})"
         mapping = _mapping(name, present) or f"{{{missing[0]}: NAME}}"
         how = f"map them (`columns: {mapping}`) or correct `format`"
         raise UserError(what, how=how, key=key)
+
+
+def missing_columns(row: Row, name: str, dataset: DatasetSection) -> RowError | None:
+    """What is wrong with a row that lacks columns of the format, as in files of several layouts; None if none is."""
+    if not (missing := _missing(name, dataset, row.fields)):
+        return None
+    mapping = _mapping(name, list(row.fields)) or f"{{{missing[0]}: NAME}}"
+    how = f"correct the row or, where all rows are so, map the columns (`columns: {mapping}`)"
+    return RowError(f"no column {', '.join(missing)} of format {name}; columns there are {', '.join(row.fields)}", how)
 
 
 def overlooked_columns(rows: Sequence[Row], name: str, dataset: DatasetSection) -> dict[str, str]:
@@ -248,7 +257,14 @@ def _mapping(name: str, present: Sequence[str]) -> str | None:
 
 
 def _short_row(row: Row) -> str:
-    return shorten({name: shorten(value, width=40) for name, value in row.fields.items()}, width=240)
+    fields = shorten({name: shorten(value, width=40) for name, value in row.fields.items()}, width=240)
+    return f"({row.where}) {fields}"
+
+
+def _other_layout(rows: Sequence[Row]) -> str:
+    """The first row that has none of the first row's columns; "" if there is none."""
+    other = next((row for row in rows if row.fields and rows[0].fields.keys().isdisjoint(row.fields)), None)
+    return "" if other is None else f"; {other.where} has others, {', '.join(other.fields)}"
 
 
 # ------------------------------------------------------------------------------------------------ parts of a row

@@ -12,6 +12,8 @@ class Item(NamedTuple):
 
     line: int
     value: Any
+    text: str
+    """The value as it is written."""
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -25,6 +27,26 @@ def _finite(text: str) -> float | None:
 _DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=lambda _: None)
 decode_json = _DECODER.decode
 """The value of a JSON text. NaN and infinities, with which Python's writers stand in for a missing number, are null."""
+
+
+def repeated_key(text: str, value: dict[str, Any]) -> str | None:
+    """A key that an object has twice, of which the decoder kept the last; None if there is none.
+
+    Args:
+        text: the object as it is written.
+        value: what was decoded from it.
+    """
+    # Decoding with a hook takes four times as long: only where a key's text occurs twice is it worth it.
+    if all(text.count(f'"{key}"') < 2 for key in value):
+        return None
+    twice: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        twice.extend(name for name in names if names.count(name) > 1)
+
+    json.JSONDecoder(object_pairs_hook=note).decode(text.strip())
+    return twice[0] if twice else None
 
 
 class NoListError(Exception):
@@ -70,7 +92,7 @@ def _scan_list(text: str, at: int) -> Generator[Item, None, int]:
     while True:
         line, counted = line + text.count("\n", counted, at), at
         value, at = _DECODER.raw_decode(text, at)
-        yield Item(line, value)
+        yield Item(line, value, text[counted:at])
         at = skip_space(text, at)
         if text.startswith("]", at):
             return at + 1
@@ -119,8 +141,8 @@ def _main_list(values: dict[str, Any]) -> list[Item]:
         if isinstance(definition, list):  # newer files wrap the text in a list
             definition = "\n".join(str(item.value) for item in definition)
         return [
-            Item(line, {"Definition": definition, **value} if isinstance(value, dict) else value)
-            for line, value in lists["Instances"]
+            Item(line, {"Definition": definition, **value} if isinstance(value, dict) else value, written)
+            for line, value, written in lists["Instances"]
         ]
     of_objects = [name for name, items in lists.items() if items and all(isinstance(it.value, dict) for it in items)]
     if len(of_objects) != 1:

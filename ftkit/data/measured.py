@@ -63,7 +63,7 @@ def encode_measured(
         else:
             jobs = plain_jobs(index, positions)
         try:
-            encoded = encode_jobs(jobs, corpora, encoder, progress=progress)
+            encoded = encode_jobs(jobs, corpora, encoder, skip_bad=recipe.data.on_bad_row == "skip", progress=progress)
         except UserError as error:
             problems += error.problems
             continue

@@ -113,14 +113,13 @@ def make_plan(
         FtkitError: a data set is missing, wrong or empty, or has no token to train on (all data sets at once).
     """
     # 1. Rows -> documents, and which of them are measured and never trained on.
-    train = _load(recipe, recipe.data.train, "train", directory, progress)
-    check_clusters(recipe.data, train)
+    train, evaluation = _load(recipe, directory, progress)
+    without_rows = check_clusters(recipe.data, train)
     left_out = [corpus.name for corpus in train if len(corpus.chosen) == 0]
     train = [corpus for corpus in train if len(corpus.chosen)]
     if not train:
         what = "the clusters leave no row to train on"
         raise UserError(what, how="change clusters or exclude_clusters", key=("data", "exclude_clusters"))
-    evaluation = _load(recipe, recipe.data.eval, "eval", directory, progress)
     split = split_rows(recipe, train, evaluation)
 
     # 2. Draws of every epoch -> jobs, each form of a row once -> examples.
@@ -158,32 +157,34 @@ def make_plan(
         *advice.warn_overlooked([*train, *evaluation]),
         *split.warnings,
         *advice.warn_left_out(left_out),
+        *advice.warn_no_such_cluster(without_rows),
     ]
     return plan
 
 
 def _load(
-    recipe: Recipe,
-    datasets: Sequence[DatasetSection],
-    which: str,
-    directory: Callable[[KeyPath], Path],
-    progress: Progress,
-) -> list[Corpus]:
-    """All data sets of one list of the recipe, or one error for all that are wrong."""
-    corpora: list[Corpus] = []
+    recipe: Recipe, directory: Callable[[KeyPath], Path], progress: Progress
+) -> tuple[list[Corpus], list[Corpus]]:
+    """The data sets of data.train and of data.eval, or one error for all that are wrong."""
     problems: list[Problem] = []
-    for index, (dataset, name) in enumerate(zip(datasets, dataset_names(datasets), strict=True)):
-        key: KeyPath = ("data", which, index)
-        try:
-            corpus = load_corpus(
-                dataset, name, recipe.data, directory=directory, key=key, seed=recipe.seed, progress=progress
-            )
-            corpora.append(corpus)
-        except UserError as error:
-            problems += error.problems
+
+    def load(which: str, datasets: Sequence[DatasetSection]) -> list[Corpus]:
+        corpora: list[Corpus] = []
+        for index, (dataset, name) in enumerate(zip(datasets, dataset_names(datasets), strict=True)):
+            key: KeyPath = ("data", which, index)
+            try:
+                corpus = load_corpus(
+                    dataset, name, recipe.data, directory=directory, key=key, seed=recipe.seed, progress=progress
+                )
+                corpora.append(corpus)
+            except UserError as error:
+                problems.extend(error.problems)
+        return corpora
+
+    train, evaluation = load("train", recipe.data.train), load("eval", recipe.data.eval)
     if problems:
         raise UserError.of(problems)
-    return corpora
+    return train, evaluation
 
 
 def _deal_to(

@@ -1,6 +1,6 @@
 """Many bad rows, one error: the first ones in full, then a count."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +8,8 @@ from ftkit.errors import FtkitError, Problem, UserError
 
 MAX_SHOWN = 20
 """Problems of one kind that are shown in full."""
+MAX_PLACES = 5
+"""Further places that are told of a problem that many rows have."""
 
 
 def problems_error(problems: Sequence[Problem], *, of: str, total: int | None = None) -> FtkitError:
@@ -30,14 +32,19 @@ class Problems:
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, str | None], Problem] = {}
+        self._further: defaultdict[tuple[str, str | None], list[str]] = defaultdict(list)
+        """Where else: the first places, one more than are told."""
         self._times: Counter[tuple[str, str | None]] = Counter()
 
     def add(self, problem: Problem) -> None:
         """Note one."""
         same = (problem.what, problem.how)
         self._times[same] += 1
-        if len(self._first) < MAX_SHOWN:
-            self._first.setdefault(same, problem)
+        if same in self._first:
+            if len(self._further[same]) <= MAX_PLACES:
+                self._further[same].append(problem.where or "")
+        elif len(self._first) < MAX_SHOWN:
+            self._first[same] = problem
 
     def raise_any(self, *, of: str) -> None:
         """Raise what was noted, if anything was.
@@ -55,7 +62,16 @@ class Problems:
 
     def _counted(self, same: tuple[str, str | None]) -> str:
         more = self._times[same] - 1
-        return f"{same[0]} (and {count_rows(more)} more)" if more else same[0]
+        if not more:
+            return same[0]
+        return f"{same[0]} (and {count_rows(more)} more: {_places(self._first[same].where or '', self._further[same])})"
+
+
+def _places(first: str, further: Sequence[str]) -> str:
+    """Further places, in short where they are in the file of the first: "5, 9" of "rows.jsonl:5", "rows.jsonl:9"."""
+    file = first.rpartition(":")[0]
+    short = [where.removeprefix(f"{file}:").strip() if file else where for where in further[:MAX_PLACES]]
+    return ", ".join(short) + (", ..." if len(further) > MAX_PLACES else "")
 
 
 def count_rows(number: int) -> str:

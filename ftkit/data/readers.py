@@ -8,13 +8,13 @@ import csv
 import datetime
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from ftkit.data.json_records import NoListError, decode_json, scan_json, skip_space
+from ftkit.data.json_records import NoListError, decode_json, repeated_key, scan_json, skip_space
 from ftkit.errors import Problem
 
 
@@ -45,6 +45,9 @@ def read_json(path: Path, name: str) -> Stream:
     Of an object the only list of objects is taken; of Super-NaturalInstructions, `Instances`, each with the file's
     `Definition` as a column of its own.
     """
+    if (problem := _is_utf16(path, name)) is not None:
+        yield problem
+        return
     data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -61,9 +64,9 @@ def read_json(path: Path, name: str) -> Stream:
         return
     found = 0
     try:
-        for line, item in scan_json(text, start):
+        for line, item, source in scan_json(text, start):
             found += 1
-            yield _kept(name, line, item)
+            yield _kept(name, line, item, source)
     except NoListError as error:
         yield Problem(str(error), "give a list of objects, or one object a line in a .jsonl file", name)
         return
@@ -76,23 +79,31 @@ def read_json(path: Path, name: str) -> Stream:
 
 def read_jsonl(path: Path, name: str) -> Stream:
     """One JSON object a line; blank lines are skipped."""
+    if (problem := _is_utf16(path, name)) is not None:
+        yield problem
+        return
     found = False
     with path.open("rb") as file:
         # Lines of bytes: str.splitlines also breaks at U+2028, which JSON strings may hold.
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             if len(line) > MAX_LINE:
+                found = True
                 how = "put each object on a line of its own"
-                yield Problem(f"the line is longer than {MAX_LINE // 2**20} MiB", how, f"{name}:{number}")
-                return
+                what = f"the line is longer than {MAX_LINE // 2**20} MiB"
+                yield BadRecord(Problem(what, how, f"{name}:{number}"))
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE)
+                continue
             line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
             if not line.strip():
                 continue
-            if not found and (problem := _not_json_lines(line)) is not None:
-                yield Problem(*problem, name)
+            if not found and (kind := _not_json_lines(line)) is not None:
+                yield Problem(*kind, name)
                 return
             found = True
             try:
-                yield _kept(name, number, decode_json(line.decode("utf-8")))
+                text = line.decode("utf-8")
+                yield _kept(name, number, decode_json(text), text)
             except UnicodeDecodeError as error:
                 yield BadRecord(_not_utf8(name, line, error, line=number))
             except (ValueError, RecursionError) as error:
@@ -105,9 +116,13 @@ def read_csv(path: Path, name: str, *, delimiter: str = ",") -> Stream:
     """A table with a header line; every value is text."""
     # The module's own limit of 131,072 characters a value is far below what long documents need.
     csv.field_size_limit(2**31 - 1)
+    if (problem := _is_utf16(path, name)) is not None:
+        yield problem
+        return
     header: list[str] | None = None
     found, line = False, 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    # Bytes that are not UTF-8 become half surrogates, which are looked for record by record: the others can be read.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Not strict, a quote that is never closed would swallow the rest of the file in silence.
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
@@ -116,23 +131,26 @@ def read_csv(path: Path, name: str, *, delimiter: str = ",") -> Stream:
                 place, line = f"{name}:{line}", reader.line_num + 1
                 if not values:
                     continue
+                wrong = _not_utf8_values(values, place)
                 if header is None:
+                    if wrong is not None:
+                        yield wrong
+                        return
                     header = values
                     if len(set(header)) < len(header) or "" in header:
                         yield Problem("an empty or a repeated column name", "name every column", place)
                         return
                     continue
                 found = True
-                if len(values) != len(header):
+                if wrong is not None:
+                    yield BadRecord(wrong)
+                elif len(values) != len(header):
                     what = f"{len(values)} values for {len(header)} columns"
                     yield BadRecord(Problem(what, "quote values that hold commas", place))
                 else:
                     yield Record(place, dict(zip(header, values, strict=True)))
         except csv.Error as error:
             yield Problem(f"malformed CSV: {error}", "close the quotes and double those within", f"{name}:{line}")
-            return
-        except UnicodeDecodeError as error:
-            yield _first_not_utf8(path, name, error)
             return
     if not found:
         yield _is_empty(name)
@@ -213,15 +231,16 @@ def _first_of_many_lines(text: str) -> bool:
 
 def _not_json_lines(line: bytes) -> tuple[str, str] | None:
     """What is wrong with a whole file whose first line this is, and how to mend it."""
-    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "UTF-16, not UTF-8", "save the file as UTF-8"
     if line.lstrip().rstrip(b" ,") == b"[" or line.lstrip().startswith(b"[{"):
         return "a JSON list, not an object a line", "call it .json, or put each object on a line of its own"
     return None
 
 
-def _kept(name: str, line: int, item: Any) -> Record | BadRecord:
+def _kept(name: str, line: int, item: Any, text: str) -> Record | BadRecord:
     if isinstance(item, dict):
+        if (key := repeated_key(text, item)) is not None:
+            how = "keep one of them; readers of JSON take the last and say nothing"
+            return BadRecord(Problem(f"the key {key} stands there twice", how, f"{name}:{line}"))
         return Record(f"{name}:{line}", item)
     what = f"expected an object, found {_kind(item)}"
     return BadRecord(Problem(what, "give every record as {...}", f"{name}:{line}"))
@@ -241,15 +260,27 @@ def _not_utf8(name: str, data: bytes, error: UnicodeDecodeError, *, line: int | 
     return Problem(f"not UTF-8 (byte 0x{data[error.start]:02x})", "save the file as UTF-8", f"{name}:{line}")
 
 
-def _first_not_utf8(path: Path, name: str, error: UnicodeDecodeError) -> Problem:
-    """The place of the first byte that is not UTF-8; a decoder of pieces does not know it."""
+def _not_utf8_values(values: Sequence[str], place: str) -> Problem | None:
+    """What is wrong with values whose file was read with `surrogateescape`."""
+    text = "".join(values)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) - 0xDC00
+        return Problem(f"not UTF-8 (byte 0x{byte:02x})", "save the file as UTF-8", place)
+    return None
+
+
+def _is_utf16(path: Path, name: str) -> Problem | None:
+    """Told by its mark, or by every other byte of the beginning being null, as in UTF-16 of mostly ASCII text."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as found:
-                return _not_utf8(name, line, found, line=number)
-    return _not_utf8(name, error.object, error)
+        start = file.read(64)
+    halves = start[0::2], start[1::2]
+    if not start.startswith((b"\xff\xfe", b"\xfe\xff")) and not any(
+        half and half.count(0) > len(half) / 2 for half in halves
+    ):
+        return None
+    return Problem("UTF-16, not UTF-8", "save it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW", name)
 
 
 def _malformed(name: str, error: ValueError | RecursionError, *, line: int | None = None) -> Problem:

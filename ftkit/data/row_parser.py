@@ -4,7 +4,15 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ftkit.data.formats import FORMATS, check_columns, check_section, detect_format, overlooked_columns, source_columns
+from ftkit.data.formats import (
+    FORMATS,
+    check_columns,
+    check_section,
+    detect_format,
+    missing_columns,
+    overlooked_columns,
+    source_columns,
+)
 from ftkit.data.phrasings import PhrasingSet, find_phrasings, phrase
 from ftkit.data.problems import Problems, RowError
 from ftkit.data.task_rows import SkippedRow, read_record
@@ -56,7 +64,10 @@ class RowParser:
         else:
             sources = self._sources.items()
             fields = {column: row.fields[source] for column, source in sources if source in row.fields}
-            content = FORMATS[self._format].parse(Row(row.index, fields, row.where), self.dataset)
+            try:
+                content = FORMATS[self._format].parse(Row(row.index, fields, row.where), self.dataset)
+            except RowError as error:
+                raise missing_columns(row, self._format, self.dataset) or error from None
         _check_unicode(content)
         return content
 

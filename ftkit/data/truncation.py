@@ -8,11 +8,16 @@ from typing import TypeVar
 import numpy as np
 
 from ftkit.data.types import IGNORE, Conversation, Example, Message
+from ftkit.errors import UserError
 
 Encoded = TypeVar("Encoded")
 
 _GAP = " ... "
 """Stands where the middle of a message was."""
+
+
+class TooLongError(UserError):
+    """An example is longer than `max_length`, and `truncation: error` asks for an error."""
 
 
 def shorten(

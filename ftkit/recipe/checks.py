@@ -47,6 +47,21 @@ def _mixing(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("validation rows are not drawn", "remove it", key=("data", "eval", index, "weight"))
 
 
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    """Keys that choose or draw training rows, in data sets that are measured: each row once, always in the same form."""
+    for index, dataset in enumerate(recipe.data.eval):
+        unused = {
+            "clusters": "validation rows of all clusters are measured",
+            "exclude_clusters": "validation rows of all clusters are measured",
+            "few_shot": "validation rows are asked without solved examples",
+            "rationale": "validation rows are asked without reasoning",
+            "repeat": "each validation row is measured once",
+        }
+        for name, what in unused.items():
+            if getattr(dataset, name) not in ((), 0.0, "never", None):
+                yield Problem(what, "remove it, or set it in data.train", key=("data", "eval", index, name))
+
+
 def _dataset_names(recipe: Recipe) -> Iterator[Problem]:
     lists: tuple[tuple[str, tuple[DatasetSection, ...]], ...] = (
         ("train", recipe.data.train),
@@ -119,6 +134,7 @@ def _output_dir(recipe: Recipe) -> Iterator[Problem]:
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _mixing,
+    _evaluation,
     _dataset_names,
     _columns,
     _intervals,
