@@ -48,7 +48,7 @@ def _mixing(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _evaluation(recipe: Recipe) -> Iterator[Problem]:
-    """Keys that choose or draw training rows, in data sets that are measured: each row once, always in the same form."""
+    """Keys that choose or draw training rows, in data sets that are measured: each row once, in one form."""
     for index, dataset in enumerate(recipe.data.eval):
         unused = {
             "clusters": "validation rows of all clusters are measured",

@@ -312,7 +312,7 @@ def test_detection(row: dict[str, Any], expected: str) -> None:
 
 def test_unknown_columns_show_the_row_and_the_fix() -> None:
     message = problem({"instruction": "q" * 100, "context": "c", "response": "r"})
-    assert "data.json fits no format (columns instruction, context, response; first row {'instruction': 'qqq" in message
+    assert "data.json fits no format (columns instruction, context, response; first row (data.json:1) " in message
     assert "set `format: alpaca` and `columns: {output: response, input: context}`" in message
     assert len(message) < 500
     assert "`columns: {text: blob}`" in problem({"blob": "x"})
@@ -322,6 +322,16 @@ def test_several_formats_are_an_error() -> None:
     message = problem(chat(USER, ANSWER) | {"prompt": "q", "completion": "a"})
     assert "fits several formats" in message
     assert "set `format:` to one of messages, prompt_completion" in message
+
+
+def test_rows_of_another_layout_are_shown() -> None:
+    ours, other = {"instruction": "q", "output": "a"}, {"messages": [{"role": "user", "content": "q"}]}
+    assert "; data.json:3 has others, messages" in problem(ours, ours, other)
+    # A row that has what the format needs under another name.
+    assert problem(ours, {"instruction": "q", "response": "a"}, ours, format="alpaca") == (
+        "data.json:2: no column output of format alpaca; columns there are instruction, response; correct the row or, "
+        "where all rows are so, map the columns (`columns: {output: response}`)"
+    )
 
 
 def test_columns_that_are_not_there() -> None:
@@ -340,13 +350,15 @@ def test_all_bad_rows_are_reported_together() -> None:
     lines = problem(good, bad, good, {"completion": "a"}, {"prompt": " ", "completion": "a"}).splitlines()
     assert lines == [
         "data.json:2: completion must be text, a number or a list of them, it is missing; give a text",
-        "data.json:4: prompt must be text, it is missing; give a text",
+        "data.json:4: no column prompt of format prompt_completion; columns there are completion; correct the row or, "
+        "where all rows are so, map the columns (`columns: {prompt: NAME}`)",
         "data.json:5: the prompt is empty; fill it or remove the row",
     ]
     lines = problem(good, *[bad] * 30).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(
-        "data.json:2: completion must be text, a number or a list of them, it is missing (and 29 "
+        "data.json:2: completion must be text, a number or a list of them, it is missing (and 29 rows more: "
+        "3, 4, 5, 6, 7, ...)"
     )
     many = [{"prompt": "q", "completion": [{"role": f"role {number}", "content": "a"}]} for number in range(30)]
     lines = problem(good, *many).splitlines()

@@ -12,6 +12,7 @@ import pytest
 from ftkit.data.encode import NO_TARGET, Encoder, EncodeResult
 from ftkit.data.plan import Plan, make_plan
 from ftkit.data.template_choice import chat_template_for
+from ftkit.data.truncation import TooLongError
 from ftkit.data.types import IGNORE, Document, Example, Text
 from ftkit.errors import UserError
 from ftkit.recipe.schema import (
@@ -38,6 +39,10 @@ class ByteEncoder:
         assert isinstance(document, Text)
         if document.text.startswith("refuse"):
             raise UserError("the template refuses this", how="mend it", where=where)
+        if document.text.startswith("odd"):
+            raise UserError(f"the template refuses {document.text}", how="mend it", where=where)
+        if document.text.startswith("long"):
+            raise TooLongError("4 tokens are more than data.max_length: 3", where=where)
         if document.text.startswith("gone"):
             return EncodeResult([], "longer than max_length without its prompt")
         parts = [self._example(part) for part in document.text.split("|")]
@@ -286,7 +291,67 @@ def test_rows_that_the_template_refuses_are_reported_once_for_each_reason(tmp_pa
     (problem,) = caught.value.problems
     assert problem.where is not None
     assert problem.where.endswith("a.jsonl:2")
-    assert problem.what == "the template refuses this (and 29 rows more)"
+    assert problem.what == "the template refuses this (and 29 rows more: 3, 4, 5, 6, 7, ...)"
+
+
+def test_rows_that_the_template_refuses_drop_out_where_bad_rows_are_skipped(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", ["fine", "refuse 1", "good", "refuse 2"])
+    b = write(tmp_path / "b.jsonl", ["refuse 3", "measured"])
+    plan = plan_of(tmp_path, recipe([a], evaluation=[b], on_bad_row="skip"))
+    assert set(texts_of(plan)) == {"fine", "good"}
+    reason = "the template refuses this (data.on_bad_row: skip)"
+    assert plan.counts[0].dropped == {reason: [1, 3]}
+    assert plan.validation_counts[0].dropped == {reason: [0]}
+    # Told without the option all the same, and not from what was kept for the other.
+    with pytest.raises(UserError, match="the template refuses this"):
+        plan_of(tmp_path, recipe([a], evaluation=[b]))
+
+
+def test_reasons_without_number_are_put_together(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", ["fine", *(f"odd {number}" for number in range(30))])
+    (counts,) = plan_of(tmp_path, recipe([a], on_bad_row="skip")).counts
+    assert len(counts.dropped) == 21
+    assert len(counts.dropped["something else is wrong (data.on_bad_row: skip)"]) == 10
+
+
+def test_a_row_that_is_too_long_is_no_bad_row(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", ["fine", "long"])
+    with pytest.raises(UserError, match="tokens are more than"):
+        plan_of(tmp_path, recipe([a], on_bad_row="skip"))
+
+
+def test_bad_rows_at_the_beginning_do_not_hide_the_good_ones(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", ["fine"])
+    path = tmp_path / "a.jsonl"
+    path.write_text("{\n" * 1500 + path.read_text())
+    plan = plan_of(tmp_path, recipe([a], on_bad_row="skip"))
+    assert texts_of(plan) == ["fine", "fine"]
+    ((reason, rows),) = plan.counts[0].dropped.items()
+    assert reason.startswith("malformed JSON")
+    assert len(rows) == 1500
+    path.write_text("{\n" * 3)
+    with pytest.raises(UserError, match=r"a.jsonl has no row that can be used \(3: malformed JSON.*correct the JSON"):
+        plan_of(tmp_path, recipe([a], on_bad_row="skip"))
+
+
+def test_training_and_validation_data_are_told_together(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.jsonl", ["a"]), write(tmp_path / "b.jsonl", ["b"])
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{\n")
+    with pytest.raises(UserError) as caught:
+        plan_of(tmp_path, recipe([a], evaluation=[b]))
+    assert [Path(problem.where or "").name for problem in caught.value.problems] == ["a.jsonl:1", "b.jsonl:1"]
+
+
+def test_the_first_twenty_problems_of_a_file_are_told(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", [])
+    rows = [{"text": number} for number in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as caught:
+        plan_of(tmp_path, recipe([a]))
+    *first, last = caught.value.problems
+    assert [Path(problem.where or "").name for problem in first] == [f"a.jsonl:{line}" for line in range(1, 21)]
+    assert last.what == "10 more of 30 problems are not shown"
 
 
 def test_data_sets_that_cannot_be_read_are_reported_together(tmp_path: Path) -> None:

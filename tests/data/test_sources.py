@@ -107,7 +107,7 @@ def test_every_problem_of_a_jsonl_file_at_once(here: Path) -> None:
     [
         (b'[\n{"text": "a"}\n]\n', "a.jsonl: a JSON list, not an object a line; call it .json"),
         (b'[{"text": "a"},\n{"text": "b"}]\n', "a.jsonl: a JSON list, not an object a line; call it .json"),
-        ('{"text": "a"}\n{"text": "\u00fc"}\n'.encode("utf-16"), "a.jsonl: UTF-16, not UTF-8; save the file as UTF-8"),
+        ('{"text": "a"}\n{"text": "\u00fc"}\n'.encode("utf-16"), "a.jsonl: UTF-16, not UTF-8; save it as UTF-8: iconv"),
         # At the end of its own line, not at the beginning of the next.
         (b'{"text": "a"\n', "a.jsonl:1: malformed JSON: Expecting ',' delimiter (column 13)"),
     ],
@@ -125,7 +125,48 @@ def test_only_the_first_twenty_problems_are_shown(here: Path) -> None:
     assert lines[-1] == "a.jsonl: 30 more of 50 problems are not shown"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_told_by_name(here: Path, name: str, encoding: str) -> None:
+    text = "text\na\n" if name == "a.csv" else '[{"text": "\u00fc"}]'
+    (here / name).write_bytes(text.encode(encoding))
+    assert problems(here, name) == f"{name}: UTF-16, not UTF-8; save it as UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW"
+
+
+def test_a_line_without_end_does_not_end_the_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftkit.data.readers.MAX_LINE", 100)
+    long = json.dumps({"text": "x" * 300})
+    (here / "a.jsonl").write_text(f'{long}\n{{"text": "a"}}\n{long}\n{long}\n{{"text": \n')
+    lines = problems(here, "a.jsonl").splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4", "a.jsonl:5"]
+    assert "longer than" in lines[0]
+    assert "malformed" in lines[3]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_stands_there_twice(here: Path, name: str) -> None:
+    rows = ['{"text": "a", "text": "b"}', '{"text": "\\"text\\"", "b": "text"}', '{"t": {"x": 1, "x": 2}, "x": 3}']
+    joined = "\n".join(rows) if name == "a.jsonl" else "[" + ",\n".join(rows) + "]"
+    (here / name).write_text(joined)
+    lines = problems(here, name).splitlines()
+    assert [line.partition(";")[0] for line in lines] == [
+        f"{name}:1: the key text stands there twice",
+        f"{name}:3: the key x stands there twice",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ csv, parquet
+
+
+def test_bytes_that_are_not_utf_8_are_told_record_by_record(here: Path) -> None:
+    (here / "a.csv").write_bytes(b"text,n\na,1\n\xff,2\nb\xfe,3\n\xc3\xbc,4\n")
+    lines = problems(here, "a.csv").splitlines()
+    assert lines == [
+        "a.csv:3: not UTF-8 (byte 0xff); save the file as UTF-8",
+        "a.csv:4: not UTF-8 (byte 0xfe); save the file as UTF-8",
+    ]
+    (here / "a.csv").write_bytes(b"te\xff,n\na,1\n")
+    assert problems(here, "a.csv") == "a.csv:1: not UTF-8 (byte 0xff); save the file as UTF-8"
 
 
 def test_csv(here: Path) -> None:

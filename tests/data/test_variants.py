@@ -180,6 +180,12 @@ def test_bad_rows_are_skipped_and_counted_where_the_recipe_says_so(tmp_path: Pat
 def test_rows_are_chosen_by_their_own_cluster(tmp_path: Path) -> None:
     rows = [{"q": str(i), "a": "x", "cluster": "odd" if i % 2 else "even"} for i in range(10)]
     assert {row for row, _ in texts(plan(tmp_path, rows, clusters=("odd",)))} == {1, 3, 5, 7, 9}
+    # A cluster of the library that none of the rows is of.
+    (warning,) = [
+        text for text in plan(tmp_path, rows, exclude_clusters=("odd", "inference")).warnings if "cluster" in text
+    ]
+    assert warning == "no row of data.train is of the cluster inference, which the recipe names"
     chosen = plan(tmp_path, rows, exclude_clusters=("odd",))
+    assert not [text for text in chosen.warnings if "cluster" in text]
     assert {row for row, _ in texts(chosen)} == {0, 2, 4, 6, 8}
     assert chosen.counts[0].dropped == {"of a cluster that is left out": [1, 3, 5, 7, 9]}

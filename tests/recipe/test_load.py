@@ -138,6 +138,11 @@ CONFLICTS = (
     (ONE + ", mixing: {stopping: all_exhausted}}", "data.mixing.stopping: concat takes every row once an epoch"),
     ("data: {train: [{path: a, weight: 2}]}", "data.train.0.weight: concat takes every row once an epoch"),
     (ONE + ", eval: [{path: b, weight: 2}]}", "data.eval.0.weight: validation rows are not drawn"),
+    (ONE + ", eval: [{path: b, clusters: [x]}]}", "data.eval.0.clusters: validation rows of all clusters are measured"),
+    (ONE + ", eval: [{path: b, exclude_clusters: [x]}]}", "data.eval.0.exclude_clusters: validation rows of all"),
+    (ONE + ", eval: [{path: b, templates: c, few_shot: 0.5}]}", "data.eval.0.few_shot: validation rows are asked"),
+    (ONE + ", eval: [{path: b, templates: c, rationale: 0.5}]}", "data.eval.0.rationale: validation rows are asked"),
+    (ONE + ", eval: [{path: b, repeat: 2}]}", "data.eval.0.repeat: each validation row is measured once; remove it"),
     (
         ONE + ", mixing: {strategy: weights, epoch_size: 5, stopping: all_exhausted}}",
         "data.mixing.stopping: epoch_size and stopping both end an epoch; keep one of them",
