@@ -119,11 +119,11 @@ FORMATS: dict[str, Format] = {
 _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "instruction": ("Definition", "question", "query", "prompt"),
     "input": ("context",),
-    "output": ("response", "answer", "completion"),
+    "output": ("response", "answer", "completion", "reply"),
     "conversations": ("conversation", "dialog", "dialogue"),
     "messages": ("conversation", "chat"),
     "prompt": ("question", "query", "input", "inputs"),
-    "completion": ("response", "answer", "output", "chosen", "target", "targets"),
+    "completion": ("response", "answer", "reply", "output", "chosen", "target", "targets"),
     "text": ("content", "document"),
     "target": ("answer", "label", "output"),
 }
