@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from ftkit.errors import FtkitError, UserError
 from ftkit.failures import LATER_VERBS, interrupted, known_failure, usage_error
-from ftkit.options import Base, Dtype, Json, Offline, Overrides, Overwrite, RecipeFile, RemoteCode, Target
+from ftkit.options import Base, Dtype, Json, Offline, OntoStored, Overrides, Overwrite, RecipeFile, RemoteCode, Target
 
 
 class Verbs(TyperGroup):
@@ -169,6 +169,7 @@ def merge(
         ),
     ] = "full",
     overwrite: Overwrite = False,
+    onto_stored: OntoStored = False,
     offline: Offline = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
@@ -182,6 +183,7 @@ def merge(
         dtype=dtype,
         proof=proof,
         overwrite=overwrite,
+        onto_stored=onto_stored,
         offline=offline,
         trust_remote_code=trust_remote_code,
     )

@@ -7,8 +7,9 @@ import torch
 
 from ftkit.methods.base import Report, report
 from ftkit.methods.table import METHODS
-from ftkit.models.load import choose_compute_dtype
+from ftkit.models.load import choose_compute_dtype, stored_quantization
 from ftkit.models.multimodal import auto_class
+from ftkit.models.quantization import quantize
 from ftkit.training.prepare import Prepared, apply_method
 
 ADAMW_MOMENTS = 2
@@ -55,7 +56,7 @@ def estimate(prepared: Prepared, device: torch.device) -> Estimate:
         UserError: the method finds no place in the model.
     """
     counts, plan, training = _count(prepared, device), prepared.plan, prepared.recipe.training
-    weights = sum(part.parameters * part.dtype.itemsize for part in counts.precision)
+    weights = sum(part.bytes for part in counts.precision)
     state = counts.trainable_parameters * FLOAT32_BYTES
     checkpoint = state * (1 + ADAMW_MOMENTS)
     # The checkpoints of `save_total_limit`, the best one, and the result.
@@ -81,5 +82,7 @@ def _count(prepared: Prepared, device: torch.device) -> Report:
         model = auto_class(prepared.config).from_config(
             prepared.config, dtype=dtype, trust_remote_code=prepared.base.trust_remote_code
         )
+    if (quantization := prepared.base.quantization or stored_quantization(prepared.config)) is not None:
+        quantize(model, quantization)
     apply_method(model, prepared)
     return report(model, method)

@@ -1,4 +1,4 @@
-"""The arguments and options that several verbs have, each described once."""
+"""The arguments and options that several verbs have, each described once, and some whose description is long."""
 
 import os
 from pathlib import Path
@@ -24,6 +24,10 @@ Target = Annotated[
     str, typer.Argument(metavar="TARGET", help="A run, checkpoint, adapter, model directory, hub id or .gguf file.")
 ]
 Base = Annotated[str | None, typer.Option(metavar="MODEL", help="Base model; default the one that it was trained on.")]
+OntoStored = Annotated[
+    bool,
+    typer.Option("--onto-stored", help="Add to the base as it is stored, not to the quantized weights trained on."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Offline = Annotated[bool, typer.Option("--offline", callback=go_offline, help="Use cached files only, no network.")]
 RemoteCode = Annotated[

@@ -30,7 +30,7 @@ import torch
 
 from ftkit.errors import UserError
 from ftkit.lock import refuse_if_locked
-from ftkit.methods.files import BaseIdentity
+from ftkit.methods.files import BaseIdentity, read_quantization
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
 from ftkit.recipe.load import load_recipe
@@ -316,7 +316,9 @@ def find_target(
         name = base or config.get("base_model_name_or_path")
         if not name:
             raise UserError(f"{result} does not say which base model it belongs to", how="name it with --base")
-        model = locate(name, ModelSection(revision=None if base else config.get("revision")))
+        revision = None if base else config.get("revision")
+        # As it was in training: the adapter corrects what the quantised base computes.
+        model = locate(name, ModelSection(revision=revision, quantization=read_quantization(result)))
         if run is not None and base is None:
             # A .gguf file is called by its name, not by that of the directory that it was converted to.
             model = replace(model, name=load_recipe(run / RECIPE).recipe.base_model)

@@ -47,6 +47,17 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.glob("*.safetensors")}
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", RELATIVE)
+def test_losses_on_a_quantized_base_are_those_of_the_cpu(directory: Path, dtype: str, kind: str) -> None:
+    recipe, wanted = write_recipe(directory, **STEPS), [f"model.dtype={dtype}", f"model.quantization={kind}"]
+    train(recipe, wanted)
+    train_on_gpu(recipe, *wanted)
+    cpu, gpu = (losses(run_number(directory, number)) for number in (1, 2))
+    assert gpu == pytest.approx(cpu, rel=RELATIVE[dtype])
+    merge([str(run_number(directory, 2))])
+
+
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_those_of_the_cpu(directory: Path, method: str, dtype: str) -> None:

@@ -90,5 +90,22 @@ def common_base(adapters: Sequence[WeightedAdapter]) -> tuple[BaseModel, BaseIde
     return first.model, identity
 
 
+def common_quantization(adapters: Sequence[WeightedAdapter]) -> str | None:
+    """What the base of adapters that were trained on it was quantised to then; None where it was not.
+
+    Raises:
+        UserError: one trained on another form of it than another did.
+    """
+    kinds: dict[str | None, str] = {}
+    for one in adapters:
+        kinds.setdefault(one.target.model.quantization, one.target.label)
+    if len(kinds) > 1:
+        (kind, first), (other, second) = list(kinds.items())[:2]
+        forms = [form or "its own precision" for form in (kind, other)]
+        what = f"{first} was trained on the base in {forms[0]}, {second} in {forms[1]}"
+        raise UserError(what, how="merge each into a directory of its own")
+    return next(iter(kinds), None)
+
+
 def _place(base: BaseModel) -> tuple[Path | None, str | None, str | None]:
     return base.path, base.repo_id, base.revision

@@ -57,6 +57,8 @@ class Contents:
     """In total."""
     passes: int = 0
     """Merges since the first base, each of which rounded once."""
+    quantization: str | None = None
+    """What the first base was quantised to, and dequantised, before anything was added."""
 
     def __str__(self) -> str:
         return " + ".join([str(self.bases[0]), *map(str, self.adapters)])
@@ -75,7 +77,7 @@ class Contents:
         kept = tuple(contained for contained in total.values() if abs(contained.weight) > NOTHING)
         # Once something was taken off, what was trained on the whole no longer finds it there.
         grown = all(adapter.weight > 0 for adapter in adapters) and here not in self.bases
-        return Contents((*self.bases, here) if grown else self.bases, kept, self.passes + 1)
+        return Contents((*self.bases, here) if grown else self.bases, kept, self.passes + 1, self.quantization)
 
 
 def read_contents(base: BaseModel, identity: BaseIdentity) -> Contents:
@@ -97,7 +99,8 @@ def read_contents(base: BaseModel, identity: BaseIdentity) -> Contents:
 def contents_from(values: Mapping[str, Any]) -> Contents:
     """The contents in a report."""
     bases = tuple(BaseIdentity(**base) for base in values["bases"])
-    return Contents(bases, tuple(Contained(**adapter) for adapter in values["adapters"]), values["passes"])
+    adapters = tuple(Contained(**adapter) for adapter in values["adapters"])
+    return Contents(bases, adapters, values["passes"], values.get("quantization"))
 
 
 def check_base_of(adapter: Merged, trained_on: BaseIdentity, contents: Contents, here: BaseIdentity) -> bool:

@@ -1,17 +1,20 @@
 """Folding LoRA adapters into their base, or taking them off again, and the proof that nothing else changed.
 
 W' = cast(float32(W) + sum over the adapters of weight * alpha / rank * B A)        rounded once
+
+An adapter that was trained on a quantised base corrects what that computes: W is then the dequantised weight, and every
+other weight that was quantised is written dequantised too, unless the merge is asked for the base as it is stored.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ftkit.artifacts.adapters import WeightedAdapter, common_base
+from ftkit.artifacts.adapters import WeightedAdapter, common_base, common_quantization
 from ftkit.artifacts.contents import REPORT_NAME, Contents, check_base_of, check_subtracted, read_contents
 from ftkit.artifacts.directory import check_free, copy_companions, has_tokenizer, staged, template_kwargs, write_config
 from ftkit.artifacts.layout import lay_out
@@ -19,13 +22,20 @@ from ftkit.artifacts.proof import Prompt, check_logits, proof_prompts
 from ftkit.artifacts.proof_modules import ModulesProof, check_modules, prove_modules
 from ftkit.artifacts.proof_whole import Cast, WholeProof, prove_whole
 from ftkit.artifacts.restored import Restored, check_restored, compare_with_base, find_original
-from ftkit.artifacts.updates import LoadedAdapter, build_skeleton, load_adapter, sum_updates
+from ftkit.artifacts.updates import (
+    LoadedAdapter,
+    build_skeleton,
+    dequantized_weights,
+    load_adapter,
+    on_dequantized,
+    sum_updates,
+)
 from ftkit.artifacts.weights import Changes, check_tensors, rewrite
 from ftkit.errors import UserError
 from ftkit.methods.base import ComputeDelta
 from ftkit.methods.files import BaseIdentity, read_identity
 from ftkit.models.files import hash_files, stored_dtype, weight_files
-from ftkit.models.load import BaseModel, load_tokenizer, local_directory
+from ftkit.models.load import BaseModel, load_config, load_tokenizer, local_directory, stored_quantization
 from ftkit.runs import Target
 
 PROOFS = ("full", "modules", "none")
@@ -60,6 +70,21 @@ class MergeReport:
     contents: Contents
     restored: Restored | None
     """How well the base came back; None where adapters are left in the model."""
+    quantization: "Quantization | None"
+    """None where no adapter was trained on a quantised base."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a merge treats the quantisation that a base had in training."""
+
+    trained_on: str
+    """nf4 or int8."""
+    merged_onto: str
+    """dequantized: the merged model is the trained one; stored: it differs by what quantising changed."""
+    max_abs_logit_difference: float | None
+    """Between the model as it was trained and the merged one, both float32; like the next None without full proof."""
+    top1_agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +101,8 @@ class _Inputs:
     result: Contents
     original: BaseModel | None
     """The first base, where everything is taken off again and it can be reached."""
+    trained_on: str | None
+    """What `base` was quantised to when the adapters trained on it; `base` itself says what it is merged as."""
 
 
 def merge(
@@ -86,6 +113,7 @@ def merge(
     dtype: torch.dtype | None = None,
     proof: str = "full",
     overwrite: bool = False,
+    onto_stored: bool = False,
 ) -> MergeReport:
     """Write base + adapters to `output` as an ordinary Hugging Face directory, and prove that it is that.
 
@@ -97,6 +125,7 @@ def merge(
         dtype: precision of the result; None keeps the one that the base is stored in.
         proof: one of `PROOFS`.
         overwrite: move an `output` that exists to `NAME.old-1`.
+        onto_stored: add to the base as its files have it, also where it was quantised in training.
 
     Raises:
         UserError: no LoRA, another base than one was trained on, more subtracted than there is, `output` exists.
@@ -104,10 +133,12 @@ def merge(
         StorageError: disk full.
     """
     check_free(output, overwrite=overwrite)
-    inputs = _read(adapters)
+    inputs = _read(adapters, onto_stored=onto_stored)
     base, source = inputs.base, local_directory(inputs.base, weights=True)
-    layout = lay_out(build_skeleton(base), source, inputs.updates)
-    in_files = layout.in_files(inputs.updates)
+    skeleton = build_skeleton(base)
+    held = dequantized_weights(skeleton, base.quantization or inputs.contents.quantization)
+    layout = lay_out(skeleton, source, {**held, **inputs.updates})
+    in_files = layout.in_files(inputs.updates if base.quantization is None else on_dequantized(held, inputs.updates))
     result_dtype = dtype or stored_dtype(source)
     dressed = _companions(inputs)
 
@@ -121,15 +152,20 @@ def merge(
         changes = check_tensors(source, directory, in_files, dtype=dtype)
         restored = None
         if inputs.contents.adapters and not inputs.result.adapters:
-            restored = compare_with_base(inputs.contents, source, directory, inputs.original)
+            restored = compare_with_base(inputs.contents, source, directory, inputs.original, layout.in_files(held))
         whole = modules = None
         if proof == "full":
             merged = BaseModel(output.name, path=directory, trust_remote_code=base.trust_remote_code)
             tokenizer = load_tokenizer(merged) if has_tokenizer(directory) else None
             all_prompts = proof_prompts(tokenizer, template_kwargs(dressed), prompts)
-            whole = prove_whole(inputs.loaded, base, merged, inputs.updates, all_prompts, result_dtype)
+            other = inputs.trained_on if base.quantization is None else None
+            trained_on = replace(base, quantization=other) if other is not None else None
+            whole = prove_whole(
+                inputs.loaded, base, merged, inputs.updates, all_prompts, result_dtype, trained_on=trained_on
+            )
         elif proof == "modules":
-            modules = prove_modules(inputs.loaded, inputs.updates, layout, source, directory)
+            as_trained = held if base.quantization is not None else {}
+            modules = prove_modules(inputs.loaded, inputs.updates, layout, source, directory, as_trained)
 
         # 3. The record, of a proof that failed too.
         report = _report(inputs, directory, proof, changes, whole, modules, restored)
@@ -143,8 +179,11 @@ def merge(
     return report
 
 
-def _read(adapters: Sequence[WeightedAdapter]) -> _Inputs:
+def _read(adapters: Sequence[WeightedAdapter], *, onto_stored: bool) -> _Inputs:
     base, identity = common_base(adapters)
+    if (stored := stored_quantization(load_config(base))) is not None:
+        what = f"{base.name} is stored in {stored}: there are no weights that an update could be added to"
+        raise UserError(what, how="use the adapter without merging")
     contents = read_contents(base, identity)
     result = contents.after(adapters, identity)
     indirect = [one for one in adapters if check_base_of(one, read_identity(one.directory), contents, identity)]
@@ -154,8 +193,12 @@ def _read(adapters: Sequence[WeightedAdapter]) -> _Inputs:
         if adapter in indirect and own.depends_on_weight:
             what = f"{adapter.directory} is a DoRA: what it adds depends on the weights of the base it was trained on"
             raise UserError(what, how="merge into that base, or use it in place of the merged model")
+    trained_on = common_quantization([one for one in adapters if one not in indirect])
+    base = replace(base, quantization=None if onto_stored else trained_on)
+    if base.quantization is not None:
+        result = replace(result, quantization=base.quantization)
     original = find_original(contents.bases[0]) if contents.adapters and not result.adapters else None
-    return _Inputs(adapters, loaded, sum_updates(loaded), base, identity, contents, result, original)
+    return _Inputs(adapters, loaded, sum_updates(loaded), base, identity, contents, result, original, trained_on)
 
 
 def _companions(inputs: _Inputs) -> Target:
@@ -194,4 +237,14 @@ def _report(
         adapters=tuple(adapter.describe() for adapter in inputs.adapters),
         contents=inputs.result,
         restored=restored,
+        quantization=_quantization(inputs, whole),
     )
+
+
+def _quantization(inputs: _Inputs, whole: WholeProof | None) -> Quantization | None:
+    if inputs.trained_on is None:
+        return None
+    onto = "stored" if inputs.base.quantization is None else "dequantized"
+    compared = (whole.training or whole.exact) if whole is not None else None
+    difference = compared.max_abs_logit_difference if compared is not None else None
+    return Quantization(inputs.trained_on, onto, difference, compared.top1_agreement if compared is not None else None)

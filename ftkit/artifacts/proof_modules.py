@@ -48,8 +48,13 @@ def prove_modules(
     layout: Layout,
     source: Path,
     merged: Path,
+    held: Mapping[str, ComputeDelta],
 ) -> ModulesProof:
-    """Compare the outputs of every adapted layer, one of them in memory at a time."""
+    """Compare the outputs of every adapted layer, one of them in memory at a time.
+
+    Args:
+        held: of the base's weights, what turns them into those that training computed with: quantised ones.
+    """
     by_path: dict[str, list[tuple[float, nn.Module]]] = {}
     for adapter in adapters:
         for path, layer in adapter.layers.items():
@@ -60,6 +65,7 @@ def prove_modules(
         for path, weighted in by_path.items():
             for name, compute in _weights(path, weighted).items():
                 weight = layout.read(before, name).float()
+                weight = merged_weight(weight, held[name]) if name in held else weight
                 written = layout.read(after, name).float()
                 width = weight.shape[0 if isinstance(weighted[0][1], Conv1D) else -1]
                 x_TI = torch.randn(TOKENS, width, generator=seeded_generator(0, name))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ftkit.artifacts.proof import (
     MAX_RELATIVE_DIFFERENCE,
@@ -18,6 +19,7 @@ from ftkit.artifacts.proof import (
 from ftkit.artifacts.updates import LoadedAdapter, applied
 from ftkit.methods.base import ComputeDelta
 from ftkit.models.load import BaseModel, load_weights
+from ftkit.models.quantization import dequantize
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class WholeProof:
     """Merged against itself with every adapted weight moved by one step of float32; measured only where `exact` is far
     enough off for the question."""
     cast: Cast
+    training: Comparison | None
+    """The model as it was trained, on a quantised base, against the merged one, both float32; None where `exact` says
+    just that."""
 
 
 def prove_whole(
@@ -52,14 +57,22 @@ def prove_whole(
     updates: Mapping[str, ComputeDelta],
     prompts: Sequence[Prompt],
     dtype: torch.dtype,
+    *,
+    trained_on: BaseModel | None = None,
 ) -> WholeProof:
     """Adapted against merged, both float32; and what computing in `dtype` changes, beside the same for the base.
+
+    A quantised base computes its own logits as it does in training, and is dequantised to be merged into.
+
+    Args:
+        trained_on: the base as it was in training, where `base` is not that.
 
     Raises:
         CheckFailedError: `merged`, as transformers loads it, does not have the merged weights.
     """
     model = load_weights(base, dtype=torch.float32)
     base_logits = compute_logits(model, prompts)
+    dequantize(model)
     with applied(model, adapters):
         adapted_logits = compute_logits(model, prompts)
     fold(model, updates)
@@ -77,6 +90,10 @@ def prove_whole(
     del served
     base_served = load_weights(base, dtype=dtype)
     base_cast = compare(base_logits, compute_logits(base_served, prompts))
+    del base_served
+    training = None
+    if trained_on is not None:
+        training = compare(_trained_logits(trained_on, adapters, prompts), merged_logits)
     return WholeProof(
         exact,
         rounding,
@@ -87,4 +104,12 @@ def prove_whole(
             base_max_abs_logit_difference=base_cast.max_abs_logit_difference,
             base_top1_agreement=base_cast.top1_agreement,
         ),
+        training,
     )
+
+
+def _trained_logits(base: BaseModel, adapters: Sequence[LoadedAdapter], prompts: Sequence[Prompt]) -> list[Tensor]:
+    model = load_weights(base, dtype=torch.float32)
+    dequantize(model)
+    with applied(model, adapters):
+        return compute_logits(model, prompts)

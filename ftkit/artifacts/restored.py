@@ -4,7 +4,7 @@ Storing a merged weight rounds it, and so does storing what is left when the upd
 half a step at most, so the distance from the base is bounded, weight by weight: what exceeds that has another cause.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ftkit.artifacts.contents import Contents
 from ftkit.errors import CheckFailedError, NetworkError, UserError
+from ftkit.methods.base import ComputeDelta, merged_weight
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.files import TensorFiles, hash_files, weight_files
 from ftkit.models.load import BaseModel, find_base, fingerprint, local_directory
@@ -51,13 +52,16 @@ class Restored:
     """Why it is exact or not, in words."""
 
 
-def compare_with_base(contents: Contents, source: Path, result: Path, original: BaseModel | None) -> Restored:
+def compare_with_base(
+    contents: Contents, source: Path, result: Path, original: BaseModel | None, held: Mapping[str, ComputeDelta]
+) -> Restored:
     """Compare `result`, from which everything was taken off, with the base that it goes back to.
 
     Args:
         contents: of the merged model, before.
         source: the merged model.
         original: the base, where it can be reached; see `find_original`.
+        held: name of a weight in the files -> what the base was turned into before anything was merged: quantised.
     """
     base = contents.bases[0]
     if hash_files(weight_files(result)) == base.fingerprint:
@@ -65,7 +69,7 @@ def compare_with_base(contents: Contents, source: Path, result: Path, original: 
     if original is None:
         reason = f"the weight files are not those of the base, which is no longer at {base.name}: distance unknown"
         return Restored(base.name, base.fingerprint, False, None, reason)
-    distance = measure(local_directory(original, weights=True), source, result)
+    distance = measure(local_directory(original, weights=True), source, result, held)
     if distance.differing == 0:
         reason = "every value is the base's, in files of another layout or precision, or with another sign of a zero"
     elif contents.passes > 1:
@@ -99,13 +103,15 @@ def find_original(identity: BaseIdentity) -> BaseModel | None:
         return None
 
 
-def measure(original: Path, merged: Path, result: Path) -> Distance:
+def measure(original: Path, merged: Path, result: Path, held: Mapping[str, ComputeDelta] | None = None) -> Distance:
     """The distance of `result` from `original`, with the merged model between them; all three hold the same names."""
+    held = held or {}
     elements = differing = ulps = beyond = 0
     difference = 0.0
     with TensorFiles(original) as first, TensorFiles(merged) as middle, TensorFiles(result) as last:
         for name in last.names:
-            for base, between, left in _chunks(first[name], middle[name], last[name]):
+            whole = merged_weight(first[name].float(), held[name]) if name in held else first[name]
+            for base, between, left in _chunks(whole, middle[name], last[name]):
                 cast = base.to(left.dtype)
                 elements += left.numel()
                 differing += int((cast != left).sum())

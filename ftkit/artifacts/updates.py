@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods import lora
-from ftkit.methods.base import ComputeDelta, Replacement
+from ftkit.methods.base import ComputeDelta, OnDequantized, Replacement
 from ftkit.methods.files import LORA, read_adapter
 from ftkit.methods.lora_experts import LoraExperts, insert_experts, summed_factors
 from ftkit.models.load import BaseModel, load_config
 from ftkit.models.multimodal import auto_class
+from ftkit.models.quantization import quantizable
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,23 @@ def _update(name: str, parts: Sequence[Part]) -> ComputeDelta:
     if replacing[0].weight < 0 and len(parts) == 1:
         raise UserError(f"{what}: what it replaced is gone", how="use the base that it was merged into")
     raise UserError(what, how="merge it at weight 1, and with adapters that leave this module alone")
+
+
+def dequantized_weights(skeleton: PreTrainedModel, quantization: str | None) -> dict[str, ComputeDelta]:
+    """Name of every weight that `quantization` takes -> what turns it into what a quantised layer computes with."""
+    if quantization is None:
+        return {}
+    return {f"{path}.weight": OnDequantized(quantization, None) for path in quantizable(skeleton)}
+
+
+def on_dequantized(held: Mapping[str, ComputeDelta], updates: Mapping[str, ComputeDelta]) -> Mapping[str, ComputeDelta]:
+    """The updates, added to what `dequantized_weights` gives, and what no update changes."""
+    added = {
+        name: OnDequantized(delta.quantization, updates.get(name))
+        for name, delta in held.items()
+        if isinstance(delta, OnDequantized)
+    }
+    return {**updates, **added}
 
 
 def build_skeleton(base: BaseModel) -> PreTrainedModel:

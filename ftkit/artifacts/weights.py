@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ftkit.artifacts.shards import transform_file
 from ftkit.errors import CheckFailedError
-from ftkit.methods.base import ComputeDelta, merged_weight
+from ftkit.methods.base import ComputeDelta, OnDequantized, merged_weight
 from ftkit.models.files import INDEX_NAME, read_json, weight_files
 
 
@@ -91,10 +91,16 @@ def check_tensors(
                     continue
                 elif not merged.isfinite().all():
                     wrong.append(f"{name} is not finite in {merged.dtype}")
-                elif not torch.equal(merged, rewritten(tensor, None, dtype)):
+                    continue
+                # What an adapter did to it, apart from what its quantisation in training did.
+                base = OnDequantized(delta.quantization, None) if isinstance(delta, OnDequantized) else None
+                update = delta.update if isinstance(delta, OnDequantized) else delta
+                if update is None:
+                    continue
+                if not torch.equal(merged, rewritten(tensor, base, dtype)):
                     altered.append(name)
                 else:
-                    (rounded_away if delta(tensor.float()).any() else zero).append(name)
+                    (rounded_away if update(tensor.float()).any() else zero).append(name)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckFailedError(f"the merged files are wrong: {', '.join(wrong[:3])}{more}", how="merge again")

@@ -52,9 +52,9 @@ def evaluate(
     if found.base is not None and not no_compare:
         if found.run is not None and (trained_on := recorded_base(found.run)) is not None:
             check_base(found.run, trained_on, identify(found.base, remembered=True))
-        base = replace(
-            found, label=found.base.name, model=found.base, adapter=None, tokenizer=None, run=None, base=None
-        )
+        # Of a QLoRA: what the adapter was trained on. The base as it is stored can be named with --compare.
+        label = found.base.name + _precision(found.base.quantization)
+        base = replace(found, label=label, model=found.base, adapter=None, tokenizer=None, run=None, base=None)
         targets.append(base)
     others = [find_target(name, offline=offline, trust_remote_code=trust_remote_code) for name in compare]
     targets += [other for other in others if not any(_same(other, known) for known in targets[1:])]
@@ -120,14 +120,21 @@ def _tasks(
 def _with_short_labels(targets: "list[Target]") -> "list[Target]":
     """Files by their name, directories by their last two parts, where that still tells them apart."""
     # A file's name says what it is; a directory's, such as `merged`, only together with the one above.
-    paths = [Path(target.label) for target in targets]
+    endings = [_precision(target.model.quantization) for target in targets]
+    paths = [Path(target.label.removesuffix(end)) for target, end in zip(targets, endings, strict=True)]
     short = [
-        path.name if path.is_file() else "/".join(path.parts[-2:]) if path.exists() else target.label
+        target.label.replace(str(path), path.name if path.is_file() else "/".join(path.parts[-2:]))
+        if path.exists()
+        else target.label
         for path, target in zip(paths, targets, strict=True)
     ]
     if len(set(short)) < len(short):
         return targets
     return [replace(target, label=label) for target, label in zip(targets, short, strict=True)]
+
+
+def _precision(quantization: str | None) -> str:
+    return f" in {quantization}" if quantization is not None else ""
 
 
 def _same(one: "Target", other: "Target") -> bool:

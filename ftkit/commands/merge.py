@@ -10,7 +10,7 @@ from ftkit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from ftkit.artifacts.merge import MergeReport
+    from ftkit.artifacts.merge import MergeReport, Quantization
     from ftkit.artifacts.restored import Restored
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -24,6 +24,7 @@ def merge(
     dtype: str | None = None,
     proof: str = "full",
     overwrite: bool = False,
+    onto_stored: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
@@ -48,11 +49,19 @@ def merge(
         if named[0].weight < 0:
             raise UserError("the model without the adapter has no place of its own", how="say where with --output DIR")
         output = (target.run or named[0].directory.parent) / MERGED
-    report = merge_adapters(named, output, dtype=result_dtype, proof=proof, overwrite=overwrite)
+    report = merge_adapters(
+        named, output, dtype=result_dtype, proof=proof, overwrite=overwrite, onto_stored=onto_stored
+    )
     others = "copied bit for bit" if dtype is None else f"cast to {dtype}"
+    if report.quantization is not None and report.quantization.merged_onto == "dequantized":
+        others = f"other quantized ones dequantized, the rest {others}"
+    else:
+        others = f"all others {others}"
     if len(named) > 1 or named[0].weight != 1.0:
         console.line(f"adapters   {', '.join(f'{one.target.label} x {one.weight:g}' for one in named)}")
-    console.line(f"merged     {report.tensors_changed} weights of {target.model.name}, all others {others}")
+    console.line(f"merged     {report.tensors_changed} weights of {target.model.name}, {others}")
+    if report.quantization is not None:
+        console.line(_quantization(report.quantization))
     for line in (*_unchanged(report), *_proof(report)):
         console.line(line)
     if report.restored is not None:
@@ -95,6 +104,16 @@ def _proof(report: "MergeReport") -> Iterator[str]:
         yield f"precision  as they are stored by {modules.stored_max_relative_difference:.1e}"
     if report.proof == "none":
         yield "proof      none of what it computes; the files are the sum bit for bit"
+
+
+def _quantization(found: "Quantization") -> str:
+    if found.merged_onto == "dequantized":
+        return f"base       as it was trained on: in {found.trained_on}, dequantized; the result is the trained model"
+    line = f"base       as it is stored; the adapter was trained on it in {found.trained_on}"
+    if found.max_abs_logit_difference is None or found.top1_agreement is None:
+        return f"{line}: the result is not the trained model"
+    agreement = f"{100 * found.top1_agreement:.1f}% of the top tokens stay"
+    return f"{line}, from which logits differ by {found.max_abs_logit_difference:.2g} ({agreement})"
 
 
 def _restored(restored: "Restored") -> str:

@@ -41,6 +41,7 @@ from ftkit.methods.files import (
     write_adapter,
 )
 from ftkit.models.architecture import BlockParts, Part, block_parts, describe, linear_shape, norm_modules
+from ftkit.models.quantization import quantization_of
 from ftkit.recipe.method_schema import AdapterMethod
 
 name = "adapter"
@@ -156,7 +157,8 @@ def save(
 ) -> None:
     """Write the adapter directory: peft's file names, ftkit's own `peft_type`."""
     state = trained_state(model) if state is None else state
-    write_adapter(directory, bottleneck_config(section), state, identity, base_dtype=model.dtype)
+    config, quantization = bottleneck_config(section), quantization_of(model)
+    write_adapter(directory, config, state, identity, base_dtype=model.dtype, base_quantization=quantization)
 
 
 def load(model: PreTrainedModel, directory: Path) -> AdapterMethod:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ftkit.errors import Problem, UserError
 from ftkit.methods.files import BaseIdentity
+from ftkit.models.quantization import quantized_layers, round_trip, storage_bytes
 
 Gather = Callable[[Tensor], Tensor]
 """Turns a shard into its full tensor, e.g. `distributed.whole`; a collective."""
@@ -53,8 +54,29 @@ class Replacement:
         return self.tuned.float() - weight
 
 
+@dataclass(frozen=True, eq=False)
+class OnDequantized:
+    """The `ComputeDelta` of a weight that was quantised in training: what it then computed with, and an update."""
+
+    quantization: str
+    update: ComputeDelta | None
+    """None where no adapter changes it."""
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Yes: each weight has scales of its own."""
+        return True
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The difference, up to rounding; see `merged_weight`."""
+        return merged_weight(weight, self) - weight
+
+
 def merged_weight(weight: Tensor, delta: ComputeDelta) -> Tensor:
     """The weight after merging, float32. A replaced one is the tuned one bit for bit, as W + (W' - W) need not be."""
+    if isinstance(delta, OnDequantized):
+        weight = round_trip(weight, delta.quantization)
+        return weight if delta.update is None else merged_weight(weight, delta.update)
     if isinstance(delta, Replacement):
         # A copy: where a base stores a tied weight twice, safetensors would refuse the same tensor under two names.
         return delta.tuned.to(torch.float32, copy=True)
@@ -213,6 +235,16 @@ class Precision:
     dtype: torch.dtype
     trained: bool
     parameters: int
+    """Weights, of which a byte of a quantised one holds several."""
+    quantization: str | None = None
+    """What they are kept in where `dtype` is only that of the codes."""
+    bytes: int = 0
+    """Scales of quantised weights included."""
+
+    @property
+    def name(self) -> str:
+        """In words: bfloat16, nf4."""
+        return self.quantization or str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -241,15 +273,20 @@ def report(model: nn.Module, method: Method | None = None) -> Report:
     Args:
         method: tells where it inserted modules, and what is saved, where that is not just what trains.
     """
-    counts: Counter[tuple[torch.dtype, bool]] = Counter()
+    quantized = {layer.weight: layer for _, layer in quantized_layers(model)}
+    counts: Counter[tuple[torch.dtype, bool, str | None]] = Counter()
+    sizes: Counter[tuple[torch.dtype, bool, str | None]] = Counter()
     for parameter in model.parameters():
-        counts[parameter.dtype, parameter.requires_grad] += parameter.numel()
+        layer = quantized.get(parameter)
+        kind = parameter.dtype, parameter.requires_grad, layer.quantization if layer is not None else None
+        counts[kind] += layer.in_features * layer.out_features if layer else parameter.numel()
+        sizes[kind] += storage_bytes(layer) if layer else parameter.numel() * parameter.itemsize
     places: tuple[str, ...] = ()
     saved: Iterable[Tensor] = (parameter for parameter in model.parameters() if parameter.requires_grad)
     if method is not None:
         assert isinstance(model, PreTrainedModel)
         saved, places = method.trained_state(model).values(), method.places(model)
-    parts = [Precision(dtype, trained, number) for (dtype, trained), number in counts.items()]
+    parts = [Precision(kind[0], kind[1], number, kind[2], sizes[kind]) for kind, number in counts.items()]
     return Report(
         trainable_parameters=sum(part.parameters for part in parts if part.trained),
         total_parameters=sum(part.parameters for part in parts),

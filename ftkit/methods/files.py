@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -28,8 +28,8 @@ CONFIG_NAME, WEIGHTS_NAME, IDENTITY_NAME = "adapter_config.json", "adapter_model
 LORA, BOTTLENECK = "LORA", "FTKIT_BOTTLENECK"
 """Values of `peft_type`."""
 
-_TRAINED_AS = "method"
-"""Key of ftkit.json."""
+_TRAINED_AS, _QUANTIZATION = "method", "base_quantization"
+"""Keys of ftkit.json."""
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
 _READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"}
 _READ |= {"modules_to_save", "target_parameters"}
@@ -82,12 +82,14 @@ def write_adapter(
     identity: BaseIdentity,
     *,
     base_dtype: torch.dtype,
+    base_quantization: str | None = None,
     trained_as: LoraMethod | None = None,
 ) -> None:
     """Write the three files; `config` is what is particular to the method.
 
     Args:
-        base_dtype: precision that the frozen base had in training.
+        base_dtype: precision that the frozen base had in training, quantised layers aside.
+        base_quantization: what those layers were kept in.
         trained_as: the section to go on training with, where `config` does not say all of it.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -96,6 +98,7 @@ def write_adapter(
     known = {"base_model": identity.name, "revision": identity.revision, "base_fingerprint": identity.fingerprint}
     precision = str(base_dtype).removeprefix("torch.")
     own: dict[str, Any] = {"ftkit_version": _version(), **known, "base_dtype": precision}
+    own |= {_QUANTIZATION: base_quantization} if base_quantization is not None else {}
     own |= {_TRAINED_AS: trained_as.model_dump(mode="json", exclude={"init_from"})} if trained_as is not None else {}
     _write_json(directory / IDENTITY_NAME, own)
     tensors: dict[str, Tensor] = {}
@@ -140,6 +143,19 @@ def read_identity(directory: Path) -> BaseIdentity:
     own = directory / IDENTITY_NAME
     fingerprint = read_json(own).get("base_fingerprint") if own.is_file() else None
     return BaseIdentity(config.get("base_model_name_or_path") or "", config.get("revision"), fingerprint)
+
+
+def read_quantization(directory: Path) -> Literal["nf4", "int8"] | None:
+    """What the linear layers of the base were quantised to while the adapter in `directory` trained.
+
+    Raises:
+        UserError: ftkit.json says something else.
+    """
+    own = directory / IDENTITY_NAME
+    value = read_json(own).get(_QUANTIZATION) if own.is_file() else None
+    if value not in ("nf4", "int8", None):
+        raise UserError(f"{_QUANTIZATION}: {value!r} is unknown", how="restore the file as it was", where=str(own))
+    return value
 
 
 def trained_as(directory: Path) -> LoraMethod | None:

@@ -57,6 +57,7 @@ from ftkit.methods.saved_modules import (
 )
 from ftkit.methods.targets import check_patterns, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
+from ftkit.models.quantization import quantization_of
 from ftkit.recipe.method_schema import LoraMethod
 
 name = "lora"
@@ -139,7 +140,15 @@ def save(
     state = trained_state(model) if state is None else state
     # What peft reads is a plain LoRA of twice the rank; to go on training it takes to know which half is frozen.
     frozen_half = section if section.init == "pissa" else None
-    write_adapter(directory, config, state, identity, base_dtype=_base_dtype(model), trained_as=frozen_half)
+    write_adapter(
+        directory,
+        config,
+        state,
+        identity,
+        base_dtype=_base_dtype(model),
+        base_quantization=quantization_of(model),
+        trained_as=frozen_half,
+    )
 
 
 def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
@@ -238,7 +247,8 @@ def _section_of_peft(model: PreTrainedModel, config: Mapping[str, Any], director
 
 def _base_dtype(model: PreTrainedModel) -> torch.dtype:
     """The precision of the frozen weights; `model.dtype` is that of the first one, which may train."""
-    return next((parameter.dtype for parameter in model.parameters() if not parameter.requires_grad), model.dtype)
+    frozen = (p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    return next(frozen, model.dtype)
 
 
 def _insert(

@@ -74,7 +74,7 @@ class LoraExperts(nn.Module):
             return F.linear(x_NI, weight_OI.to(x_NI.dtype))
         a_RI, b_OR = own.lora_A[expert], own.lora_B[expert]
         product: Tensor = LowRankLinear.apply(
-            x_NI, weight_OI, None, a_RI, b_OR, None, None, None, own.scale, 1.0, False
+            x_NI, weight_OI, None, a_RI, b_OR, None, None, None, own.scale, 1.0, False, None
         )
         return product
 

@@ -13,6 +13,7 @@ update's input alone.
 Shape suffixes: N tokens, I input width, O output width, R rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from ftkit.methods.dora import gains, row_norms
 from ftkit.methods.lora_init import Factors
 from ftkit.models.architecture import linear_shape
+from ftkit.models.quantization import QuantizedLinear
+
+Unpack = Callable[[Tensor, torch.dtype], Tensor]
+"""Makes the weight [O, I] of what is stored."""
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -48,17 +53,19 @@ class LowRankLinear(torch.autograd.Function):
         scale: float,
         kept_share: float,
         transposed: bool,
+        unpack: Unpack | None,
     ) -> Tensor:
         """x [..., I] -> [..., O].
 
         Args:
-            weight: frozen, [O, I], or [I, O] if `transposed`.
+            weight: frozen, [O, I], or [I, O] if `transposed`, or whatever `unpack` takes.
             start_a_RI: frozen; with `start_b_OR` the low-rank product that is taken off the weight, or None.
             keep: bool, the shape of x: the elements that dropout keeps.
             kept_share: share of the elements that it keeps on average.
+            unpack: of a quantised weight, which is saved as it is stored and unpacked once more in the backward pass.
         """
         x_NI = x.reshape(-1, x.shape[-1])
-        y_NO = base_product(x_NI, weight, bias, transposed)
+        y_NO = base_product(x_NI, weight, bias, transposed, unpack)
         if start_a_RI is not None and start_b_OR is not None:
             y_NO.addmm_(F.linear(x_NI, start_a_RI.to(x.dtype)), start_b_OR.to(x.dtype).t(), alpha=-scale)
         scale_kept = scale / kept_share
@@ -66,7 +73,7 @@ class LowRankLinear(torch.autograd.Function):
         y_NO.addmm_(h_NR, b_OR.to(x.dtype).t(), alpha=scale_kept)
         # x itself, not its two-dimensional form: that is a copy where x is not contiguous.
         ctx.save_for_backward(x, weight, a_RI, b_OR, start_a_RI, start_b_OR, h_NR, keep)
-        ctx.scale, ctx.scale_kept, ctx.transposed = scale, scale_kept, transposed
+        ctx.scale, ctx.scale_kept, ctx.transposed, ctx.unpack = scale, scale_kept, transposed, unpack
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
@@ -80,8 +87,7 @@ class LowRankLinear(torch.autograd.Function):
         grad_b_OR = (grad_NO.t() @ h_NR).mul_(ctx.scale_kept)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            weight_OI = (weight.t() if ctx.transposed else weight).to(x.dtype)
-            grad_NI = grad_NO @ weight_OI
+            grad_NI = grad_NO @ _whole_weight(weight, x.dtype, ctx.transposed, ctx.unpack)
             if keep is None:
                 grad_NI.addmm_(scaled_NR, a_RI.to(x.dtype))
             else:
@@ -89,12 +95,20 @@ class LowRankLinear(torch.autograd.Function):
             if start_a_RI is not None:
                 grad_NI.addmm_(grad_NO @ start_b_OR.to(x.dtype), start_a_RI.to(x.dtype), alpha=-ctx.scale)
             grad_x = grad_NI.view(x.shape)
-        return grad_x, None, None, grad_a_RI.to(a_RI.dtype), grad_b_OR.to(b_OR.dtype), *[None] * 6
+        return grad_x, None, None, grad_a_RI.to(a_RI.dtype), grad_b_OR.to(b_OR.dtype), *[None] * 7
 
 
-def base_product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def base_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, unpack: Unpack | None = None
+) -> Tensor:
     """x W^T + b in the dtype of x."""
-    return F.linear(x, (weight.t() if transposed else weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight_OI = _whole_weight(weight, x.dtype, transposed, unpack)
+    return F.linear(x, weight_OI, None if bias is None else bias.to(x.dtype))
+
+
+def _whole_weight(weight: Tensor, dtype: torch.dtype, transposed: bool, unpack: Unpack | None) -> Tensor:
+    """[O, I]"""
+    return (weight.t() if transposed else weight).to(dtype) if unpack is None else unpack(weight, dtype)
 
 
 def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -139,11 +153,30 @@ class LoraConv1D(Conv1D):
         return _forward(self, x, transposed=True)
 
 
-LoraLayer = LoraLinear | LoraConv1D
+class LoraQuantizedLinear(QuantizedLinear):
+    """A linear layer whose frozen weight is quantised, with the same `lora_A` and `lora_B` as `LoraLinear`."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_A0: nn.Parameter | None
+    lora_B0: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    lora_scale: float
+    lora_dropout: float
+    lora_enabled: bool
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., I] -> [..., O]"""
+        return _forward(self, input, transposed=False)
+
+
+LoraLayer = LoraLinear | LoraConv1D | LoraQuantizedLinear
 
 
 def _forward(layer: LoraLayer, x: Tensor, *, transposed: bool) -> Tensor:
     if not layer.lora_enabled:
+        if isinstance(layer, QuantizedLinear):
+            return QuantizedLinear.forward(layer, x)
         return base_product(x, layer.weight, layer.bias, transposed)
     keep, kept_share = None, 1.0
     if layer.training and layer.lora_dropout > 0.0:
@@ -153,8 +186,9 @@ def _forward(layer: LoraLayer, x: Tensor, *, transposed: bool) -> Tensor:
     factors = layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0
     magnitude = layer.lora_magnitude
     bias = layer.bias if magnitude is None else None
+    unpack = layer.unpack if isinstance(layer, QuantizedLinear) else None
     output: Tensor = LowRankLinear.apply(
-        x, layer.weight, bias, *factors, keep, layer.lora_scale, kept_share, transposed
+        x, layer.weight, bias, *factors, keep, layer.lora_scale, kept_share, transposed, unpack
     )
     if magnitude is None:
         return output
@@ -172,7 +206,9 @@ def stacked(a_RI: Tensor, b_OR: Tensor, start_a_RI: Tensor | None, start_b_OR: T
 
 
 def weight_OI(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as [O, I], also where it is kept transposed."""
+    """The weight of a linear layer as [O, I], also where it is kept transposed or quantised."""
+    if isinstance(module, QuantizedLinear):
+        return module.dequantized()
     assert isinstance(module.weight, Tensor)
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
@@ -199,11 +235,13 @@ def insert_lora(
     """
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
-    assert sorted(weight.shape) == sorted(linear_shape(module)), "a packed (quantized) weight"
+    quantized = isinstance(module, QuantizedLinear)
+    assert quantized or sorted(weight.shape) == sorted(linear_shape(module)), "a packed (quantized) weight"
     weight.requires_grad_(False)
     if module.bias is not None:
         module.bias.requires_grad_(False)
-    module.__class__ = LoraConv1D if isinstance(module, Conv1D) else LoraLinear
+    plain = LoraConv1D if isinstance(module, Conv1D) else LoraLinear
+    module.__class__ = LoraQuantizedLinear if quantized else plain
     assert isinstance(module, LoraLayer)
     module.lora_A, module.lora_B = (nn.Parameter(factor.to(weight.device)) for factor in factors)
     for name, frozen in zip(("lora_A0", "lora_B0"), start or (None, None), strict=True):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ftkit.errors import UserError
 from ftkit.methods.base import train_in_float32
 from ftkit.methods.targets import matches_name, tower_of
+from ftkit.models.quantization import quantization_of
 
 KEY = ("method", "modules_to_save")
 
@@ -47,7 +48,11 @@ def train_modules(model: PreTrainedModel, names: Sequence[str], adapted: Iterabl
             what = f"{path} trains in full, and method.targets adapts {inside[0]}"
             raise UserError(what, how="leave one of them out, with method.exclude or here", key=KEY)
     for path in chosen:
-        for parameter in model.get_submodule(path).parameters():
+        module = model.get_submodule(path)
+        if (quantization := quantization_of(module)) is not None:
+            what = f"{path} is quantized ({quantization}), and a quantized weight cannot train in full"
+            raise UserError(what, how="leave it out of modules_to_save, or model.quantization out", key=KEY)
+        for parameter in module.parameters():
             train_in_float32(parameter)
 
 

@@ -20,11 +20,14 @@ from transformers import (
 )
 
 from ftkit.errors import UserError
-from ftkit.models.files import CONFIG_NAME, check_model_directory, read_json, weight_files
+from ftkit.models.files import CONFIG_NAME, check_model_directory, read_json, stored_dtype, weight_files
 from ftkit.models.gguf import convert_gguf
 from ftkit.models.hashes import hash_once
 from ftkit.models.hub import BASE_KEY, REVISION_KEY, UnknownModelError, fetch, resolve_commit
 from ftkit.models.multimodal import auto_class, is_multimodal, multimodal_refusal
+from ftkit.models.precision import cast_parameters
+from ftkit.models.quantization import KEY as QUANTIZATION_KEY
+from ftkit.models.quantization import check_available, quantize, take_over
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.schema import ModelSection
 
@@ -48,6 +51,8 @@ class BaseModel:
     """The commit of a hub model."""
     offline: bool = False
     trust_remote_code: bool = False
+    quantization: str | None = None
+    """What its frozen linear layers are loaded in, see `models/quantization.py`; None: as they are stored."""
 
 
 def find_base(
@@ -64,9 +69,11 @@ def find_base(
     A .gguf file is converted into the user's cache and is a directory from then on.
 
     Raises:
-        UserError: no such path or hub model, files missing, pickled weights only, gated, refused token.
+        UserError: no such path or hub model, files missing, pickled weights only, gated, refused token, or a package
+            that `model.quantization` needs is missing.
         NetworkError: the hub cannot be reached.
     """
+    check_available(section.quantization)
     path = (base / Path(base_model).expanduser()).absolute()
     if base_model.startswith(HUB_PREFIX) or not path.exists():
         if not base_model.startswith(HUB_PREFIX) and looks_like_path(base_model):
@@ -80,7 +87,12 @@ def find_base(
             nor_a_path = (replace(p, what=f"{p.what}, and there is no {path}") for p in error.problems)
             raise UnknownModelError.of(nor_a_path) from None
         return BaseModel(
-            base_model, repo_id=repo_id, revision=revision, offline=offline, trust_remote_code=trust_remote_code
+            base_model,
+            repo_id=repo_id,
+            revision=revision,
+            offline=offline,
+            trust_remote_code=trust_remote_code,
+            quantization=section.quantization,
         )
     if section.revision is not None:
         what = f"a revision belongs to a hub model, and {base_model} is a local path"
@@ -91,7 +103,7 @@ def find_base(
             raise UserError(f"{path} is a file, not a model directory", how=how, key=BASE_KEY)
         path = convert_gguf(path, key=BASE_KEY)
     check_model_directory(path, key=BASE_KEY)
-    return BaseModel(base_model, path=path, trust_remote_code=trust_remote_code)
+    return BaseModel(base_model, path=path, trust_remote_code=trust_remote_code, quantization=section.quantization)
 
 
 def local_directory(base: BaseModel, *, weights: bool) -> Path:
@@ -108,7 +120,8 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
 
     Raises:
         UserError: unknown architecture, remote code that was not allowed, or a model that ftkit does not train:
-            encoder-decoder, without a language-model head, quantized, or of a multimodal kind that cannot be tuned.
+            encoder-decoder, without a language-model head, quantized in a way that ftkit does not read, or of a
+            multimodal kind that cannot be tuned.
     """
     quiet_transformers()
     directory = local_directory(base, weights=False)
@@ -123,6 +136,12 @@ def load_config(base: BaseModel) -> PreTrainedConfig:
             what = f"{base.name}: {CONFIG_NAME} cannot be read: {_first_line(error)}"
             how = "check its model_type, or upgrade transformers"
         raise UserError(what, how=how, key=BASE_KEY) from None
+    if (stored := stored_quantization(config)) is not None:
+        # transformers needs bitsandbytes to read 8-bit weights too.
+        check_available("nf4", key=BASE_KEY)
+        if base.quantization not in (None, stored):
+            what = f"{base.name} is stored in {stored}, which {base.quantization} cannot be made of"
+            raise UserError(what, how="leave it out, or choose the unquantized model", key=QUANTIZATION_KEY)
     if (reason := _unsupported(config)) is not None:
         how = (
             "choose a causal language model, text-only or the language layers of one like Gemma 3, Qwen 3.5, Mistral 3"
@@ -153,7 +172,8 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
 def load_weights(base: BaseModel, *, dtype: torch.dtype, attn_implementation: str | None = None) -> PreTrainedModel:
     """The model on the CPU in evaluation mode, every parameter read from the files and cast to `dtype`.
 
-    Rotary and other buffers keep the precision that the model computes them in (float32).
+    Rotary and other buffers keep the precision that the model computes them in (float32). What `base.quantization` says
+    is quantised from the values in the files, not from their cast; what lies there quantised stays it.
 
     Args:
         attn_implementation: transformers' name of the attention function; None leaves the model's default.
@@ -164,12 +184,17 @@ def load_weights(base: BaseModel, *, dtype: torch.dtype, attn_implementation: st
     """
     config = load_config(base)
     directory = local_directory(base, weights=True)
-    keywords = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    keywords: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    stored, first_dtype = stored_quantization(config), dtype
+    if stored is not None:
+        keywords["device_map"] = {"": "cpu"}
+    elif base.quantization is not None and dtype != torch.float32:
+        first_dtype = stored_dtype(directory)
     try:
         loaded: Any = auto_class(config).from_pretrained(
             directory,
             config=config,
-            dtype=dtype,
+            dtype=first_dtype,
             use_safetensors=True,
             # Reported below in our own words, all at once.
             ignore_mismatched_sizes=True,
@@ -188,7 +213,23 @@ def load_weights(base: BaseModel, *, dtype: torch.dtype, attn_implementation: st
         raise UserError(what, how="attn_implementation: auto", key=ATTENTION_KEY) from None
     model, info = loaded
     _check_complete(base, info)
+    if stored is not None:
+        take_over(model)
+    elif base.quantization is not None:
+        quantize(model, base.quantization)
+        cast_parameters(model, dtype)
     return model
+
+
+def stored_quantization(config: PreTrainedConfig) -> str | None:
+    """What a model's files hold its linear layers in: a value of `model.quantization`, or None for plain numbers.
+
+    None too for what ftkit does not read, which `load_config` refuses.
+    """
+    values = _quantization_config(config)
+    if values.get("quant_method") != "bitsandbytes":
+        return None
+    return "nf4" if values.get("load_in_4bit") else "int8"
 
 
 def fingerprint(base: BaseModel, *, remembered: bool = False) -> str:
@@ -257,15 +298,19 @@ def _unsupported(config: PreTrainedConfig) -> str | None:
     """Why ftkit does not train this kind of model; None if it does."""
     if config.is_encoder_decoder:
         return f"is an encoder-decoder ({config.model_type}), not a causal language model"
-    if (quantization := getattr(config, "quantization_config", None)) is not None:
-        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        return f"holds quantized weights ({kind}): not in this version"
+    if (quantization := _quantization_config(config)) and stored_quantization(config) is None:
+        return f"holds quantized weights ({quantization.get('quant_method')}): not in this version"
     if is_multimodal(config):
         return multimodal_refusal(config)
     architectures = config.architectures or []
     if architectures and not any(name.endswith(CAUSAL_SUFFIXES) for name in architectures):
         return f"is a {architectures[0]}, not a causal language model"
     return None
+
+
+def _quantization_config(config: PreTrainedConfig) -> dict[str, Any]:
+    values = getattr(config, "quantization_config", None) or {}
+    return values if isinstance(values, dict) else dict(values.to_dict())
 
 
 def looks_like_path(name: str) -> bool:

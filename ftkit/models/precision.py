@@ -46,6 +46,14 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
         module.__class__ = classes[base, names]
 
 
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give all floating-point parameters `dtype`, in place, as loading in it would: the objects stay, buffers too."""
+    kept = _kept_in_float32(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not (kept and kept.search(name)):
+            parameter.data = parameter.data.to(dtype)
+
+
 class CastLinear(nn.Linear):
     """An `nn.Linear` that computes in the dtype of its input."""
 

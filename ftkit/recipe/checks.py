@@ -22,6 +22,12 @@ def check(recipe: Recipe) -> list[Problem]:
     return [problem for find in CHECKS for problem in find(recipe)]
 
 
+def _quantization(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.model.quantization is not None and recipe.method.type == "full":
+        what = "a quantized weight is frozen, and method.type: full trains every weight"
+        yield Problem(what, "set method.type: lora, or leave it out", key=("model", "quantization"))
+
+
 def _mixing(recipe: Recipe) -> Iterator[Problem]:
     mixing = recipe.data.mixing
     key: KeyPath = ("data", "mixing")
@@ -133,6 +139,7 @@ def _output_dir(recipe: Recipe) -> Iterator[Problem]:
 
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
+    _quantization,
     _mixing,
     _evaluation,
     _dataset_names,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ftkit.recipe.foreign_values import as_share, choices, lower, module_names, same
+from ftkit.recipe.foreign_values import as_share, choices, lower, module_names, quantization_of_bits, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ _BATCH = Refusal(
 _EVAL_BATCH = Refusal("evaluation uses the same token budget as training", "set training.max_tokens_per_device")
 _PRECISION = _use("set model.dtype: bfloat16, float16 or float32 (trained weights are kept in float32)")
 _DATASETS = _use("list the data sets under data.train, and validation sets under data.eval, each with its path")
-_QUANTIZATION = _later("leave it out; a frozen base takes half the memory with model.dtype: bfloat16")
+_QUANTIZATION = _use("set model.quantization: nf4 (blocks of 64, scales quantized too) or int8")
 _PARALLEL = _use("set training.parallel: ddp or fsdp, and say where to run with --launch-config")
 _LAUNCH = Refusal(
     "ftkit sets up its processes itself", "remove it; --num-processes and --launch-config say where to run"
@@ -173,6 +173,9 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "load_best_model_at_end": Alias("training.final", choices({True: "best", False: "last"})),
     "effective_batch_size": Alias("training.global_batch_size"),
     "total_batch_size": Alias("training.global_batch_size"),
+    "load_in_4bit": Alias("model.quantization", choices({True: "nf4", False: None})),
+    "load_in_8bit": Alias("model.quantization", choices({True: "int8", False: None})),
+    "quantization_bit": Alias("model.quantization", quantization_of_bits),
     # -- the same, inside a data set
     "data.train.*.file_name": Alias("path"),
     "data.train.*.hf_hub_url": Alias("path"),
@@ -205,7 +208,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     ),
     # -- later versions of ftkit
     "master_dtype": _later("leave it out; trained weights are float32"),
-    "quantization": _QUANTIZATION,
     "torch_compile": _later("leave it out"),
     "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
     "report_to": _TRACKERS,
@@ -226,7 +228,7 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_DATASETS, "dataset datasets dataset_name dataset_dir train_file validation_file eval_dataset"),
     **_group(_DATASETS, "test_datasets pretraining_dataset dataset_text_field dataset_config dataset_train_split"),
     **_group(_DATASETS, "dataset_test_split max_samples"),
-    **_group(_QUANTIZATION, "load_in_4bit load_in_8bit quantization_bit quantization_method bnb_4bit_quant_type"),
+    **_group(_QUANTIZATION, "quantization_method bnb_4bit_quant_type"),
     **_group(_QUANTIZATION, "bnb_4bit_compute_dtype use_bnb_nested_quant double_quantization gptq"),
     **_group(_PARALLEL, "fsdp fsdp_config fsdp_version deepspeed parallelism_config"),
     **_group(_LAUNCH, "accelerator_config local_rank world_size ddp ddp_backend ddp_timeout ddp_bucket_cap_mb"),

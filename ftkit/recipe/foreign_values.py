@@ -20,6 +20,11 @@ def choices(meanings: Mapping[Any, Any]) -> Callable[[Any], Any]:
     return convert
 
 
+def quantization_of_bits(value: Any) -> Any:
+    """LLaMA-Factory says how many bits a quantised weight has."""
+    return {4: "nf4", 8: "int8"}.get(value, value) if type(value) is int else value
+
+
 def as_share(value: Any) -> Any:
     """A ratio of 1 is the whole run, not one step: as a float it is refused."""
     return float(value) if type(value) is int else value

@@ -22,6 +22,8 @@ class ModelSection(Section):
     """Compute precision; `auto` takes bfloat16 where the hardware is fast at it. Trained weights stay float32."""
     attn_implementation: Literal["auto", "ftkit", "eager", "sdpa", "flash_attention_2"] = "auto"
     """Attention kernel; `auto` takes ftkit's own where packing is proven, the model's default elsewhere."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Bits that the frozen linear layers of the decoder blocks are kept in: 4 (nf4, as QLoRA) or 8; not for full."""
     tokenizer: NonEmpty | None = None
     """A directory or hub id whose tokenizer is used in place of the base model's own."""
     chat_template: str | None = None

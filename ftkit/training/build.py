@@ -214,11 +214,8 @@ def _notes_on_sharing(recipe: Recipe, world: World) -> tuple[str, ...]:
 
 
 def _precision_in_words(counts: Report, compute: torch.dtype, reason: str) -> str:
-    def short(dtype: torch.dtype) -> str:
-        return str(dtype).removeprefix("torch.")
-
     parts = [
-        f"{human_count(part.parameters)} {'trained' if part.trained else 'frozen'} in {short(part.dtype)}"
+        f"{human_count(part.parameters)} {'trained' if part.trained else 'frozen'} in {part.name}"
         for part in counts.precision
     ]
-    return f"{', '.join(parts)}; computes in {short(compute)} ({reason})"
+    return f"{', '.join(parts)}; computes in {str(compute).removeprefix('torch.')} ({reason})"

@@ -94,7 +94,7 @@ def test_gradient_by_finite_differences(kind, start):
     base = lora.weight, lora.bias
 
     def forward(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return LowRankLinear.apply(x, *base, a, b, lora.lora_A0, lora.lora_B0, keep, 2.0, 0.5, kind == "conv1d")
+        return LowRankLinear.apply(x, *base, a, b, lora.lora_A0, lora.lora_B0, keep, 2.0, 0.5, kind == "conv1d", None)
 
     assert torch.autograd.gradcheck(forward, (x, lora.lora_A, lora.lora_B))
 

@@ -341,7 +341,8 @@ WRONG_OVERRIDES = {
     "method.targets=[q": "method.targets: a bracket or brace is not closed; put text that starts with",
     "method.rank=x": "method.rank: expected a whole number above 0, got the text 'x'",
     "per_device_train_batch_size=4": "per_device_train_batch_size: the batch is global here; set",
-    "quantization=nf4": "quantization: not in this version",
+    "quantization=nf5": "model.quantization: ",
+    "bnb_4bit_quant_type=nf4": "bnb_4bit_quant_type: another tool's key; set model.quantization: nf4",
     "data.train.0.few_shot=0.5": "data.train.0.few_shot: only templates use it; set templates",
     "data.mixing.maximum=10": "data.mixing.maximum: concat has no maximum; set data.mixing.strategy: proportional",
 }
