@@ -88,7 +88,7 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     common = ["--offline", "--trust-remote-code"]
     assert run(["plan", "r.yaml", "a=b", "--json", *common]) == 0
     merge = ["merge", "A:-1", "B", "--base", "M", "--output", "o", "--dtype", "bfloat16", "--proof", "modules"]
-    assert run([*merge, "--overwrite", *common]) == 0
+    assert run([*merge, "--overwrite", "--onto-stored", *common]) == 0
     evaluate = ["eval", "T", "--suite", "s", "--compare", "a", "--compare", "b", "--no-compare", "--limit", "3"]
     assert run([*evaluate, "--output", "o.json", *common]) == 0
     export = ["export", "T", "--format", "hf", "--output", "o", "--dtype", "float16", "--overwrite"]
@@ -101,7 +101,8 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
         (
             "merge",
             (["A:-1", "B"],),
-            {"base": "M", "output": Path("o"), "dtype": "bfloat16", "proof": "modules", "overwrite": True, **on},
+            {"base": "M", "output": Path("o"), "dtype": "bfloat16", "proof": "modules", "overwrite": True}
+            | {"onto_stored": True, **on},
         ),
         (
             "eval",

@@ -155,8 +155,12 @@ def write_generation_config(
     _write_json(target / GENERATION_CONFIG_NAME, values)
 
 
-def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy config.json, saying `dtype` under the key that the file uses for it; where it is another, of parts too."""
+def write_config(source: Path, target: Path, dtype: torch.dtype, *, vocab_size: int = 0) -> None:
+    """Copy config.json, saying `dtype` under the key that the file uses for it; where it is another, of parts too.
+
+    Args:
+        vocab_size: rows that embedding and head have at least, those of new tokens included.
+    """
     config = read_json(source / CONFIG_NAME)
     name = str(dtype).removeprefix("torch.")
     # transformers before 5 writes and reads torch_dtype.
@@ -166,6 +170,9 @@ def write_config(source: Path, target: Path, dtype: torch.dtype) -> None:
         for part in (value for value in config.values() if isinstance(value, dict)):
             part |= {own: name for own in keys if part.get(own) is not None}
     config[key] = name
+    for sizes in (config, config.get("text_config") or {}):
+        if sizes.get("vocab_size") is not None:
+            sizes["vocab_size"] = max(sizes["vocab_size"], vocab_size)
     _write_json(target / CONFIG_NAME, config)
 
 

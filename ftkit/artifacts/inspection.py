@@ -19,7 +19,7 @@ from ftkit.artifacts.layout import lay_out
 from ftkit.artifacts.updates import build_skeleton, load_adapter
 from ftkit.console import Console
 from ftkit.errors import UserError
-from ftkit.methods.base import ComputeDelta, Replacement
+from ftkit.methods.base import ComputeDelta, NewRows, Replacement
 from ftkit.methods.lora_experts import ExpertsDelta
 from ftkit.methods.lora_saved import LowRankDelta, expert_by_expert, read_saved
 from ftkit.methods.spectrum import (
@@ -176,7 +176,9 @@ def split(name: str, delta: LowRankDelta | ExpertsDelta) -> list[tuple[str, LowR
 
 
 def _changes(name: str, delta: ComputeDelta, weight: Tensor) -> Iterator[Change]:
-    """What `delta` makes of a weight: one matrix, or one for each expert."""
+    """What `delta` makes of a weight: one matrix, or one for each expert; of rows of new tokens there is no before."""
+    if isinstance(delta, NewRows):
+        return
     if isinstance(delta, Replacement):
         yield from _differences(name, delta.tuned, weight)
         return

@@ -145,7 +145,8 @@ def merge(
     with staged(output, overwrite=overwrite) as directory:
         # 1. The directory.
         rewrite(source, directory, in_files, dtype=dtype)
-        write_config(source, directory, result_dtype)
+        new_tokens = sorted({token for one in inputs.loaded for token in one.new_tokens})
+        write_config(source, directory, result_dtype, vocab_size=max(new_tokens, default=-1) + 1)
         copy_companions(dressed, directory)
 
         # 2. The proof, of what lies on the disk.
@@ -158,6 +159,7 @@ def merge(
             merged = BaseModel(output.name, path=directory, trust_remote_code=base.trust_remote_code)
             tokenizer = load_tokenizer(merged) if has_tokenizer(directory) else None
             all_prompts = proof_prompts(tokenizer, template_kwargs(dressed), prompts)
+            all_prompts += [new_tokens] if new_tokens else []
             other = inputs.trained_on if base.quantization is None else None
             trained_on = replace(base, quantization=other) if other is not None else None
             whole = prove_whole(

@@ -82,7 +82,8 @@ def fold(model: PreTrainedModel, deltas: Mapping[str, ComputeDelta]) -> None:
     """
     for name, delta in deltas.items():
         weight = model.get_parameter(name)
-        weight.copy_(merged_weight(weight.float(), delta))
+        # Not copied into the old one: rows of new tokens may follow it.
+        weight.data = merged_weight(weight.float(), delta).to(weight)
 
 
 @torch.no_grad()

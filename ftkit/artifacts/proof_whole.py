@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ftkit.artifacts.proof import (
     MAX_RELATIVE_DIFFERENCE,
@@ -71,7 +72,8 @@ def prove_whole(
         CheckFailedError: `merged`, as transformers loads it, does not have the merged weights.
     """
     model = load_weights(base, dtype=torch.float32)
-    base_logits = compute_logits(model, prompts)
+    known = _without_new_tokens(model, prompts)
+    base_logits = compute_logits(model, known)
     dequantize(model)
     with applied(model, adapters):
         adapted_logits = compute_logits(model, prompts)
@@ -89,7 +91,7 @@ def prove_whole(
     cast = compare(adapted_logits, compute_logits(served, prompts))
     del served
     base_served = load_weights(base, dtype=dtype)
-    base_cast = compare(base_logits, compute_logits(base_served, prompts))
+    base_cast = compare(base_logits, compute_logits(base_served, known))
     del base_served
     training = None
     if trained_on is not None:
@@ -106,6 +108,13 @@ def prove_whole(
         ),
         training,
     )
+
+
+def _without_new_tokens(base: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as far as the base knows their tokens: an adapter's tokenizer may have more."""
+    rows = base.get_input_embeddings().get_parameter("weight").shape[0]
+    known = [[token for token in prompt if token < rows] for prompt in prompts]
+    return [prompt for prompt in known if prompt]
 
 
 def _trained_logits(base: BaseModel, adapters: Sequence[LoadedAdapter], prompts: Sequence[Prompt]) -> list[Tensor]:

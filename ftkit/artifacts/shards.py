@@ -6,7 +6,8 @@ writes a header of its own: a file of other tools, copied through it, would not 
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,30 @@ _METADATA = "__metadata__"
 
 
 def transform_file(
-    source: Path, target: Path, transform: Callable[[str, Tensor], Tensor], *, dtype: torch.dtype | None
+    source: Path,
+    target: Path,
+    transform: Callable[[str, Tensor], Tensor],
+    *,
+    dtype: torch.dtype | None,
+    rows: Mapping[str, int] | None = None,
 ) -> int:
     """Write `transform(name, tensor)` of every tensor of `source` to `target`; returns their bytes in all.
 
-    Where no precision changes, everything but the changed tensors is the same byte for byte, the header too.
+    Where neither precision nor shape changes, all but the changed tensors is the same byte for byte, the header too.
 
     Args:
-        transform: keeps shape and, where `dtype` is None, precision.
+        transform: keeps shape, `rows` aside, and, where `dtype` is None, precision.
         dtype: precision that it gives floating-point tensors.
+        rows: name of a tensor -> rows that it has at least afterwards.
     """
+    rows = rows or {}
     raw = _read_header(source)
     header: dict[str, Any] = json.loads(raw)
     by_place = sorted((name for name in header if name != _METADATA), key=lambda name: header[name]["data_offsets"])
     with safe_open(source, framework="pt") as file, target.open("wb") as output:
-        if dtype is not None:
-            raw = _recast(header, by_place, {name: file.get_tensor(name) for name in by_place}, dtype)
+        growing = any(name in rows and rows[name] > header[name]["shape"][0] for name in by_place)
+        if dtype is not None or growing:
+            raw = _recast(header, by_place, {name: file.get_tensor(name) for name in by_place}, dtype, rows)
         output.write(len(raw).to_bytes(8, "little") + raw)
         total = 0
         for name in by_place:
@@ -48,14 +57,24 @@ def _read_header(path: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
-def _recast(header: dict[str, Any], by_place: list[str], mapped: dict[str, Tensor], dtype: torch.dtype) -> bytes:
-    """The header of the same tensors in another precision; `mapped` ones are not read."""
+def _recast(
+    header: dict[str, Any],
+    by_place: list[str],
+    mapped: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    rows: Mapping[str, int],
+) -> bytes:
+    """The header of the same tensors in another precision or with more rows; `mapped` ones are not read."""
     recast, end = dict(header), 0
     for name in by_place:
         tensor, entry = mapped[name], header[name]
-        code = _CODES[dtype] if tensor.is_floating_point() else entry["dtype"]
-        size = tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
-        recast[name] = {**entry, "dtype": code, "data_offsets": [end, end + size]}
+        cast = dtype is not None and tensor.is_floating_point()
+        code = _CODES[dtype] if dtype is not None and cast else entry["dtype"]
+        shape = list(entry["shape"])
+        if name in rows:
+            shape[0] = max(shape[0], rows[name])
+        size = math.prod(shape) * (dtype.itemsize if dtype is not None and cast else tensor.itemsize)
+        recast[name] = {**entry, "dtype": code, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     raw = json.dumps(recast, separators=(",", ":")).encode()
     # Padded, as safetensors does it, so that the tensors begin at a multiple of 8 bytes.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.methods import lora
-from ftkit.methods.base import ComputeDelta, OnDequantized, Replacement
+from ftkit.methods.base import REPLACING, ComputeDelta, NewRows, OnDequantized, merged_weight
 from ftkit.methods.files import LORA, read_adapter
 from ftkit.methods.lora_experts import LoraExperts, insert_experts, summed_factors
 from ftkit.models.load import BaseModel, load_config
@@ -39,9 +39,14 @@ class LoadedAdapter:
         return any(delta.depends_on_weight for name, delta in self.deltas.items() if name not in self.replacements)
 
     @property
-    def replacements(self) -> dict[str, Replacement]:
-        """Those of the deltas whose weight trained in full."""
-        return {name: delta for name, delta in self.deltas.items() if isinstance(delta, Replacement)}
+    def replacements(self) -> dict[str, ComputeDelta]:
+        """Those of the deltas whose weight trained in full, or rows of it."""
+        return {name: delta for name, delta in self.deltas.items() if isinstance(delta, REPLACING)}
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """Ids of the tokens whose rows trained."""
+        return [int(token) for delta in self.deltas.values() if isinstance(delta, NewRows) for token in delta.ids_K]
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def load_adapter(adapter: WeightedAdapter, base: BaseModel) -> LoadedAdapter:
     if lost := [key for key in state if named[key] not in deltas]:
         what = f"{lost[0]} of {adapter.directory} would go into no weight of the base"
         raise CheckFailedError(what, how="use the adapter without merging, and report this")
-    paths = [path_of(name) for name, delta in deltas.items() if not isinstance(delta, Replacement)]
+    paths = [path_of(name) for name, delta in deltas.items() if not isinstance(delta, REPLACING)]
     layers = {path: skeleton.get_submodule(path).eval() for path in paths}
     return LoadedAdapter(adapter.target.label, adapter.weight, layers, deltas)
 
@@ -108,7 +113,7 @@ def sum_updates(adapters: Sequence[LoadedAdapter]) -> dict[str, ComputeDelta]:
 
 def _update(name: str, parts: Sequence[Part]) -> ComputeDelta:
     """Raises a UserError where a weight that trained in full would have to be scaled, added to or taken off."""
-    replacing = [part for part in parts if isinstance(part.delta, Replacement)]
+    replacing = [part for part in parts if isinstance(part.delta, REPLACING)]
     if not replacing:
         return Update(tuple(parts))
     # One takes the place of the base's weight, and of what others that are subtracted had put there.
@@ -116,7 +121,8 @@ def _update(name: str, parts: Sequence[Part]) -> ComputeDelta:
     others = [part for part in parts if part not in placed]
     if len(placed) == 1 and all(part in replacing and part.weight == -1.0 for part in others):
         return placed[0].delta
-    what = f"{replacing[0].adapter} trained {path_of(name)} in full (modules_to_save)"
+    how_much = "rows of new tokens in {}" if isinstance(replacing[0].delta, NewRows) else "{} in full (modules_to_save)"
+    what = f"{replacing[0].adapter} trained {how_much.format(path_of(name))}"
     if replacing[0].weight < 0 and len(parts) == 1:
         raise UserError(f"{what}: what it replaced is gone", how="use the base that it was merged into")
     raise UserError(what, how="merge it at weight 1, and with adapters that leave this module alone")
@@ -165,7 +171,7 @@ def applied(model: PreTrainedModel, adapters: Sequence[LoadedAdapter]) -> Iterat
     with ExitStack() as stack:
         for adapter in adapters:
             for name, replacement in adapter.replacements.items():
-                stack.enter_context(_replaced(model, name, replacement.tuned))
+                stack.enter_context(_replaced(model, name, replacement))
         for path, weighted in by_path.items():
             module = model.get_submodule(path)
             experts = [(weight, layer) for weight, layer in weighted if isinstance(layer, LoraExperts)]
@@ -190,11 +196,12 @@ def lend(layer: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> I
 
 
 @contextmanager
-def _replaced(model: nn.Module, name: str, tuned: Tensor) -> Iterator[None]:
-    """Inside, the model computes with `tuned` in place of its parameter `name`."""
+def _replaced(model: nn.Module, name: str, replacement: ComputeDelta) -> Iterator[None]:
+    """Inside, the model computes with what takes the place of its parameter `name`."""
     path, _, own_name = name.rpartition(".")
     module, own = model.get_submodule(path), model.get_parameter(name)
-    module.register_parameter(own_name, nn.Parameter(tuned.to(own), requires_grad=False))
+    tuned = merged_weight(own.detach().float(), replacement).to(own)
+    module.register_parameter(own_name, nn.Parameter(tuned, requires_grad=False))
     try:
         yield
     finally:

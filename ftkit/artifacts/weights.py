@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ftkit.artifacts.shards import transform_file
 from ftkit.errors import CheckFailedError
-from ftkit.methods.base import ComputeDelta, OnDequantized, merged_weight
+from ftkit.methods.base import ComputeDelta, NewRows, OnDequantized, merged_weight
 from ftkit.models.files import INDEX_NAME, read_json, weight_files
 
 
@@ -31,8 +31,9 @@ def rewrite(
     def rewrite_one(name: str, tensor: Tensor) -> Tensor:
         return rewritten(tensor, deltas.get(name), dtype)
 
+    rows = {name: int(delta.ids_K[-1]) + 1 for name, delta in deltas.items() if isinstance(delta, NewRows)}
     total_size = sum(
-        transform_file(path, target / path.name, rewrite_one, dtype=dtype) for path in weight_files(source)
+        transform_file(path, target / path.name, rewrite_one, dtype=dtype, rows=rows) for path in weight_files(source)
     )
     if len(weight_files(source)) > 1:
         index = read_json(source / INDEX_NAME)

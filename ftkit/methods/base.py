@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ftkit.errors import Problem, UserError
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.quantization import quantized_layers, round_trip, storage_bytes
+from ftkit.models.token_rows import with_rows
 
 Gather = Callable[[Tensor], Tensor]
 """Turns a shard into its full tensor, e.g. `distributed.whole`; a collective."""
@@ -55,6 +56,30 @@ class Replacement:
 
 
 @dataclass(frozen=True, eq=False)
+class NewRows:
+    """The `ComputeDelta` of a table whose rows of some tokens trained by themselves; it grows where it lacked them."""
+
+    rows_KD: Tensor
+    ids_K: Tensor
+    """int64, ascending."""
+
+    @property
+    def depends_on_weight(self) -> bool:
+        """Yes: the old rows go."""
+        return True
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The difference, up to rounding, from a weight that is followed by zeros; see `merged_weight`."""
+        merged = merged_weight(weight, self)
+        merged[: len(weight)] -= weight
+        return merged
+
+
+REPLACING = (Replacement, NewRows)
+"""Those that put something in the place of a weight, and cannot be scaled."""
+
+
+@dataclass(frozen=True, eq=False)
 class OnDequantized:
     """The `ComputeDelta` of a weight that was quantised in training: what it then computed with, and an update."""
 
@@ -77,6 +102,8 @@ def merged_weight(weight: Tensor, delta: ComputeDelta) -> Tensor:
     if isinstance(delta, OnDequantized):
         weight = round_trip(weight, delta.quantization)
         return weight if delta.update is None else merged_weight(weight, delta.update)
+    if isinstance(delta, NewRows):
+        return with_rows(weight, delta.rows_KD.to(weight), delta.ids_K.to(weight.device))
     if isinstance(delta, Replacement):
         # A copy: where a base stores a tied weight twice, safetensors would refuse the same tensor under two names.
         return delta.tuned.to(torch.float32, copy=True)

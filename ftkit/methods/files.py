@@ -32,7 +32,7 @@ _TRAINED_AS, _QUANTIZATION = "method", "base_quantization"
 """Keys of ftkit.json."""
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
 _READ |= {"exclude_modules", "init_lora_weights", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"}
-_READ |= {"modules_to_save", "target_parameters"}
+_READ |= {"modules_to_save", "target_parameters", "trainable_token_indices"}
 # Neither changes what the saved weights compute: where they go is told by their own names.
 _WITHOUT_EFFECT = {"task_type", "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "layers_pattern"}
 _WITHOUT_EFFECT |= {"layers_to_transform", "loftq_config", "eva_config", "megatron_core", "qalora_group_size"}

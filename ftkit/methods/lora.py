@@ -47,6 +47,16 @@ from ftkit.methods.lora_saved import (
     saved_experts,
     scale_of,
 )
+from ftkit.methods.new_rows import (
+    INDICES,
+    INSIDE,
+    indices_for_peft,
+    insert_saved_rows,
+    load_rows,
+    row_deltas,
+    saved_rows,
+    without_copies,
+)
 from ftkit.methods.saved_modules import (
     check_ties,
     paths_for_peft,
@@ -58,6 +68,7 @@ from ftkit.methods.saved_modules import (
 from ftkit.methods.targets import check_patterns, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
 from ftkit.models.quantization import quantization_of
+from ftkit.models.token_rows import owners
 from ftkit.recipe.method_schema import LoraMethod
 
 name = "lora"
@@ -94,6 +105,7 @@ def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> di
             state |= {f"{PREFIX}{begin}{A[1:]}": a, f"{PREFIX}{begin}{B[1:]}": b}
     saved = saved_parameters(model)
     once = gathered({str(id(parameter)): parameter for parameter in saved.values()}, gather)
+    state |= {f"{PREFIX}{name}": rows for name, rows in gathered(saved_rows(model), gather).items()}
     return state | {f"{PREFIX}{name}": once[str(id(parameter))] for name, parameter in saved.items()}
 
 
@@ -101,7 +113,9 @@ def trained_state(model: PreTrainedModel, *, gather: Gather | None = None) -> di
 def load_state(model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """Copy A and B, lengths, and the modules trained in full back."""
     check_ties(model, state, prefix=PREFIX)
+    state = without_copies(model, state, PREFIX)
     check_fits(trained_state(model), state)
+    load_rows(model, state, PREFIX)
     for name, parameter in saved_parameters(model).items():
         parameter.copy_(state[f"{PREFIX}{name}"])
     for path, layer in _layers(model):
@@ -137,6 +151,8 @@ def save(
         config["target_parameters"] = names_for_peft(model, stacks)
     # Without the flag peft warns that training would cut the tie; the file holds both names.
     config |= {"modules_to_save": saved_module_names(model) or None, "ensure_weight_tying": bool(tied_names(model))}
+    if (indices := indices_for_peft(model)) is not None:
+        config[INDICES] = indices
     state = trained_state(model) if state is None else state
     # What peft reads is a plain LoRA of twice the rank; to go on training it takes to know which half is frozen.
     frozen_half = section if section.init == "pissa" else None
@@ -166,6 +182,7 @@ def load(model: PreTrainedModel, directory: Path) -> LoraMethod:
             where=str(directory),
         )
     _insert(model, {path: layers[path] for path in paths}, experts, section, seed=None)
+    insert_saved_rows(model, config, directory)
     load_state(model, state)
     return section
 
@@ -184,6 +201,7 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMet
             weight = f"{path}.{name}"
             factors = saved_experts(state, begin, experts=len(model.get_parameter(weight)))
             yield weight, ExpertsDelta(*factors, scale_of(section, weight))
+    yield from row_deltas(model, state, PREFIX)
     replacements: dict[int, Replacement] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (tuned := state.get(f"{PREFIX}{name}")) is not None:
@@ -201,8 +219,13 @@ def places(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def notes(model: PreTrainedModel) -> tuple[str, ...]:
-    """Which modules train because others that they are tied to do."""
-    return tuple(f"{' and '.join(names)} are tied in this model: both train, as one" for names in tied_names(model))
+    """Which modules train because others that they are tied to do, and which rows of new tokens."""
+    tied = tuple(f"{' and '.join(names)} are tied in this model: both train, as one" for names in tied_names(model))
+    tables: dict[nn.Parameter, list[str]] = {}
+    for path, owner in owners(model):
+        tables.setdefault(owner.token_rows, []).append(path)
+    new = (f"{len(rows)} new tokens: their rows of {' and '.join(paths)}" for rows, paths in tables.items())
+    return *tied, *(f"{text} train{', as one: they are tied' if len(tables) == 1 else ''}" for text in new)
 
 
 def keeps_base(section: LoraMethod) -> bool:
@@ -214,12 +237,17 @@ def keeps_base(section: LoraMethod) -> bool:
 def disabled(model: PreTrainedModel) -> Iterator[None]:
     """The base model, while inside."""
     layers = [layer for _, layer in (*_layers(model), *expert_layers(model))]
-    before = [layer.lora_enabled for layer in layers]
+    tables = [owner for _, owner in owners(model)]
+    before, rows_before = [layer.lora_enabled for layer in layers], [owner.rows_enabled for owner in tables]
     try:
         for layer in layers:
             layer.lora_enabled = False
+        for owner in tables:
+            owner.rows_enabled = False
         yield
     finally:
+        for owner, enabled in zip(tables, rows_before, strict=True):
+            owner.rows_enabled = enabled
         for layer, enabled in zip(layers, before, strict=True):
             layer.lora_enabled = enabled
 
@@ -232,12 +260,14 @@ def named_weights(model: PreTrainedModel, state: Iterable[str], section: LoraMet
         for name, begin in saved_names(path, names).items()
         for part in (A, B)
     }
-    others = {
-        key: f"{path_of(key)}.weight" if key.endswith((A, B, MAGNITUDE)) else key.removeprefix(PREFIX)
-        for key in state
-        if key not in of_experts
-    }
+    others = {key: _weight_of(key) for key in state if key not in of_experts}
     return others | of_experts
+
+
+def _weight_of(key: str) -> str:
+    if INSIDE in key:
+        return f"{key.removeprefix(PREFIX).partition(INSIDE)[0]}.weight"
+    return f"{path_of(key)}.weight" if key.endswith((A, B, MAGNITUDE)) else key.removeprefix(PREFIX)
 
 
 def _section_of_peft(model: PreTrainedModel, config: Mapping[str, Any], directory: Path) -> LoraMethod:

@@ -13,6 +13,7 @@ from ftkit.methods.dora import gains
 from ftkit.methods.files import LORA, lora_section, read_adapter, trained_as
 from ftkit.methods.lora_experts import NESTED, ExpertsDelta, from_peft, named_experts, saved_names
 from ftkit.methods.lora_init import Factors
+from ftkit.methods.new_rows import INSIDE
 from ftkit.methods.targets import matching_value
 from ftkit.recipe.method_schema import LoraMethod
 
@@ -67,7 +68,9 @@ def read_saved(directory: Path) -> SavedLora:
     """
     config, state = read_adapter(directory, peft_type=LORA)
     section = trained_as(directory) or lora_section(config, directory)
-    others = [name.removeprefix(PREFIX) for name in state if not name.endswith((A, B, MAGNITUDE))]
+    others = [
+        name.removeprefix(PREFIX) for name in state if not name.endswith((A, B, MAGNITUDE)) and INSIDE not in name
+    ]
     if unknown := [name for name in others if ".lora_" in name]:
         what = f"holds {unknown[0]}, which is of no linear layer"
         raise UserError(what, how="merge it into its base with peft's merge_and_unload", where=str(directory))

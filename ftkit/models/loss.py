@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ftkit.models.token_rows import with_columns
+
 CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's float32 logits.
 
@@ -29,6 +31,9 @@ def chunked_cross_entropy(
     datasets_N: Tensor,
     num_datasets: int,
     chunk: int | None = None,
+    *,
+    rows_KD: Tensor | None = None,
+    ids_K: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over targets of log(sum_v exp(z_v)) - z_target, where z = hidden W^T + b.
 
@@ -42,6 +47,8 @@ def chunked_cross_entropy(
         datasets_N: which data set each target belongs to, int64.
         num_datasets: length of the second result.
         chunk: targets at once; default `chunk_size(V)`.
+        rows_KD: with `ids_K` rows that take the place of the weight's or follow them, see `models/token_rows.py`; not
+            with a bias.
 
     Returns:
         The loss's sum (float32 scalar, with gradients), and its sums by data set (float32 [num_datasets], without).
@@ -49,7 +56,7 @@ def chunked_cross_entropy(
     needs_grad = torch.is_grad_enabled()
     chunk = chunk_size(weight_VD.shape[0]) if chunk is None else chunk
     loss, by_dataset = _ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, bias_V, targets_N, datasets_N, num_datasets, chunk, needs_grad
+        hidden_ND, weight_VD, bias_V, targets_N, datasets_N, num_datasets, chunk, needs_grad, rows_KD, ids_K
     )
     return loss, by_dataset
 
@@ -68,6 +75,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         num_datasets: int,
         chunk: int,
         needs_grad: bool,
+        rows_KD: Tensor | None,
+        ids_K: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight, needs_bias = (needs_grad and needs for needs in ctx.needs_input_grad[:3])
         dtype = hidden_ND.dtype
@@ -75,6 +84,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
+        rows = None if rows_KD is None else rows_KD.to(dtype)
+        needs_rows = rows_KD is not None and needs_grad and ctx.needs_input_grad[8]
+        grad_rows = torch.zeros_like(rows_KD, dtype=torch.float32) if needs_rows and rows_KD is not None else None
         losses_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
 
         for start in range(0, len(hidden_ND), chunk):
@@ -82,22 +94,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h_CD, targets_C1 = hidden_ND[part], targets_N[part, None]
             # From here to the gradient one buffer: logits, exp(logits - max), softmax, softmax - one-hot.
             z_CV = F.linear(h_CD, cast_VD, cast_V).float()
+            if rows is not None and ids_K is not None:
+                z_CV = with_columns(z_CV, F.linear(h_CD, rows).float(), ids_K)
             target_C1, max_C1 = z_CV.gather(1, targets_C1), z_CV.amax(1, keepdim=True)
             sum_C1 = z_CV.sub_(max_C1).exp_().sum(1, keepdim=True)
             losses_N[part] = (sum_C1.log() + max_C1 - target_C1).squeeze(1)
-            if not (needs_hidden or needs_weight or needs_bias):
+            if not (needs_hidden or needs_weight or needs_bias or needs_rows):
                 continue
             grad_CV = z_CV.div_(sum_C1)
             grad_CV.scatter_add_(1, targets_C1, torch.full_like(sum_C1, -1.0))
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(0)
             grad_CV = grad_CV.to(dtype)
+            grad_CK = None
+            if rows is not None and ids_K is not None:
+                # Their columns are the rows' own: the weight has no part in them.
+                grad_CK = grad_CV[:, ids_K]
+                grad_CV = grad_CV.index_fill(1, ids_K, 0.0)[:, : len(cast_VD)]
+                if grad_rows is not None:
+                    _add_product(grad_rows, grad_CK.t(), h_CD)
             if grad_hidden is not None:
                 torch.mm(grad_CV, cast_VD, out=grad_hidden[part])
+                if grad_CK is not None and rows is not None:
+                    grad_hidden[part].addmm_(grad_CK, rows)
             if grad_weight is not None:
                 _add_product(grad_weight, grad_CV.t(), h_CD)
 
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.gradients, ctx.gradient_of_rows = (grad_hidden, grad_weight, grad_bias), grad_rows
         by_dataset = torch.zeros(num_datasets, dtype=torch.float32, device=hidden_ND.device)
         by_dataset.index_add_(0, datasets_N, losses_N)
         ctx.mark_non_differentiable(by_dataset)
@@ -107,8 +130,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "the gradients are scaled in place: only one backward pass"
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients), *[None] * 5
+        gradients, ctx.gradients = (*ctx.gradients, ctx.gradient_of_rows), None
+        scaled = [None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients]
+        return *scaled[:3], *[None] * 5, scaled[3], None
 
 
 def _add_product(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:

@@ -19,6 +19,7 @@ from ftkit.models.architecture import describe
 from ftkit.models.attention import bounds_kwargs, document_kwargs
 from ftkit.models.loss import chunked_cross_entropy
 from ftkit.models.precision import CastLinear
+from ftkit.models.token_rows import TokenRowsLinear
 
 ROUTER_KEYS = ("router_aux_loss_coef", "aux_loss_coef")
 """Configurations' names for the weight of the router loss."""
@@ -70,7 +71,14 @@ class Objective(nn.Module):
             head = self.architecture.head
             assert isinstance(head, nn.Linear), "checked by verify_head"
             loss, by_dataset = chunked_cross_entropy(
-                hidden_ND, head.weight, head.bias, batch.target_ids, batch.target_datasets, self.num_datasets
+                hidden_ND,
+                head.weight,
+                head.bias,
+                batch.target_ids,
+                batch.target_datasets,
+                self.num_datasets,
+                rows_KD=head.token_rows if isinstance(head, TokenRowsLinear) else None,
+                ids_K=head.token_ids if isinstance(head, TokenRowsLinear) else None,
             )
             return LossSums(loss, by_dataset)
         logits_NV = logits_at(self.model, inputs, batch.target_positions)
@@ -157,7 +165,7 @@ def verify_head(model: PreTrainedModel, *, packed_attention: bool = False) -> tu
 def _why_not_chunked(
     model: PreTrainedModel, backbone: nn.Module, head: nn.Module, inputs: dict[str, Any]
 ) -> str | None:
-    if type(head) not in (nn.Linear, CastLinear):
+    if type(head) not in (nn.Linear, CastLinear, TokenRowsLinear):
         return f"its head is a {type(head).__name__}"
     seen: dict[str, Tensor] = {}
 

@@ -5,14 +5,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.errors import FtkitError, KeyPath, UserError
 from ftkit.models.hub import fetch_tokenizer
 from ftkit.models.load import HUB_PREFIX, BaseModel, load_tokenizer, looks_like_path
+from ftkit.models.token_rows import owners
 from ftkit.recipe.schema import ModelSection
 
 TOKENIZER_KEY: KeyPath = ("model", "tokenizer")
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> tuple[int, ...]:
+    """Give the tokenizer the tokens that the recipe names, in place; returns their ids, ascending.
+
+    Raises:
+        UserError: it has one of them already.
+    """
+    before = tokenizer.get_vocab()
+    names = (("add_tokens", section.add_tokens, False), ("add_special_tokens", section.add_special_tokens, True))
+    for key, tokens, special in names:
+        if known := [token for token in tokens if token in before]:
+            what = f"{known[0]} is a token of the base already (id {before[known[0]]})"
+            raise UserError(what, how="leave it out; its rows train with modules_to_save", key=("model", key))
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in tokens])
+    after = tokenizer.get_vocab()
+    return tuple(sorted(after[token] for _, tokens, _ in names for token in tokens))
 
 
 def recipe_tokenizer(
@@ -61,7 +79,11 @@ def untrained_tokens(
     weight_VD = model.get_input_embeddings().weight
     assert isinstance(weight_VD, torch.Tensor)
     notes = []
+    # Those of new tokens train, and may lie beyond the table.
+    new = {int(token_id) for _, owner in owners(model) for token_id in owner.token_ids}
     for token_id in token_ids:
+        if token_id in new:
+            continue
         same = int(torch.eq(weight_VD, weight_VD[token_id]).all(dim=1).sum())
         if same > 1:
             token = tokenizer.convert_ids_to_tokens(token_id)

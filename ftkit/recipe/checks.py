@@ -28,6 +28,20 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(what, "set method.type: lora, or leave it out", key=("model", "quantization"))
 
 
+def _new_tokens(recipe: Recipe) -> Iterator[Problem]:
+    model, seen = recipe.model, set[str]()
+    for name, tokens in (("add_tokens", model.add_tokens), ("add_special_tokens", model.add_special_tokens)):
+        key: KeyPath = ("model", name)
+        if tokens and recipe.method.type != "lora":
+            what = f"method.type: {recipe.method.type} trains no rows of new tokens in this version"
+            yield Problem(what, "set method.type: lora, or leave it out", key=key)
+        for token in tokens:
+            if token in seen or token != token.strip():
+                why = "is named twice" if token in seen else "begins or ends in white space"
+                yield Problem(f"{token!r} {why}", "name each token once, without white space around it", key=key)
+            seen.add(token)
+
+
 def _mixing(recipe: Recipe) -> Iterator[Problem]:
     mixing = recipe.data.mixing
     key: KeyPath = ("data", "mixing")
@@ -140,6 +154,7 @@ def _output_dir(recipe: Recipe) -> Iterator[Problem]:
 
 CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _quantization,
+    _new_tokens,
     _mixing,
     _evaluation,
     _dataset_names,

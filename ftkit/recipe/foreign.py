@@ -73,7 +73,7 @@ _SEED = _use("set seed: it decides every random choice")
 _ATTENTION = _use("set model.attn_implementation: auto, ftkit, eager, sdpa or flash_attention_2")
 _KERNELS = Refusal("ftkit's own loss never holds all logits", "remove it")
 _TEMPLATE = _use("leave it out to use the tokenizer's own template, or set model.chat_template")
-_VOCABULARY = _later("choose a base model whose vocabulary has the tokens, or a chat template made of its own tokens")
+_VOCABULARY = _use("name new tokens in model.add_tokens, control tokens in model.add_special_tokens")
 _TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
@@ -173,6 +173,7 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "load_best_model_at_end": Alias("training.final", choices({True: "best", False: "last"})),
     "effective_batch_size": Alias("training.global_batch_size"),
     "total_batch_size": Alias("training.global_batch_size"),
+    "tokens": Alias("model.add_tokens"),
     "load_in_4bit": Alias("model.quantization", choices({True: "nf4", False: None})),
     "load_in_8bit": Alias("model.quantization", choices({True: "int8", False: None})),
     "quantization_bit": Alias("model.quantization", quantization_of_bits),
@@ -256,7 +257,7 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_ATTENTION, "eager_attention use_flash_attention_2 s2_attention shift_attn"),
     **_group(_KERNELS, "use_liger_kernel liger_kernel_config enable_liger_kernel loss_type"),
     **_group(_TEMPLATE, "template chat_template_jinja default_system"),
-    **_group(_VOCABULARY, "special_tokens tokens add_tokens add_special_tokens resize_vocab eos_token pad_token"),
+    **_group(_VOCABULARY, "special_tokens resize_vocab eos_token pad_token"),
     **_group(_VOCABULARY, "resize_token_embeddings_to_32x"),
     **_group(_TOKENIZER, "tokenizer_type tokenizer_config tokenizer_name tokenizer_name_or_path use_fast_tokenizer"),
     **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),

@@ -44,6 +44,11 @@ def module_names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if "," in value and "(" not in value else value
 
 
+def tokens(value: Any) -> Any:
+    """LLaMA-Factory's `<a>,<b>`."""
+    return [token.strip() for token in value.split(",")] if isinstance(value, str) else value
+
+
 def initialisation(value: Any) -> Any:
     """peft's `pissa_niter_4`."""
     return "pissa" if isinstance(value, str) and value.startswith("pissa_niter_") else value
@@ -77,6 +82,8 @@ def adapter_preset(section: Any) -> Any:
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "model.dtype": choices({"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}),
+    "model.add_tokens": tokens,
+    "model.add_special_tokens": tokens,
     "model.attn_implementation": choices({"fa2": "flash_attention_2"}),
     "data.packing": choices({True: "auto", False: "off"}),
     "data.train.*.format": choices(

@@ -26,6 +26,11 @@ class ModelSection(Section):
     """Bits that the frozen linear layers of the decoder blocks are kept in: 4 (nf4, as QLoRA) or 8; not for full."""
     tokenizer: NonEmpty | None = None
     """A directory or hub id whose tokenizer is used in place of the base model's own."""
+    add_tokens: ListOf[NonEmpty] = ()
+    """Tokens that the tokenizer does not have yet, as text; for lora. Their rows of embedding and head train, from the
+    mean of the others."""
+    add_special_tokens: ListOf[NonEmpty] = ()
+    """Likewise control tokens, such as the ends of turns: text that is decoded leaves them out."""
     chat_template: str | None = None
     """A Jinja file (relative to the recipe) or a built-in name (`chatml`); overrides the tokenizer's own."""
 

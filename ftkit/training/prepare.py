@@ -19,7 +19,8 @@ from ftkit.methods.start import continue_from
 from ftkit.methods.table import METHODS
 from ftkit.models.files import ADAPTER_CONFIG_NAME
 from ftkit.models.load import BaseModel, find_base, load_config
-from ftkit.models.tokenizer import recipe_tokenizer
+from ftkit.models.token_rows import train_rows
+from ftkit.models.tokenizer import add_tokens, recipe_tokenizer
 from ftkit.recipe.load import LoadedRecipe
 from ftkit.recipe.schema import Recipe
 from ftkit.runs import ADAPTER
@@ -35,6 +36,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     plan: Plan
+    new_token_ids: tuple[int, ...]
+    """Of the tokens that the recipe added."""
     init_from: Path | None
     """Directory of the adapter that training begins with."""
 
@@ -100,13 +103,14 @@ def prepare(
     )
     config, init_from = load_config(base), _initial_adapter(loaded, needed=begins)
     tokenizer = recipe_tokenizer(recipe.model, base, config, directory=loaded.directory(("model", "tokenizer")))
+    new_token_ids = add_tokens(tokenizer, recipe.model)
     template_directory = loaded.directory(("model", "chat_template"))
     template = chat_template_for(tokenizer, recipe.model, template_directory, recipe.data.chat_template_kwargs)
     encoder = make_encoder(tokenizer, template, recipe.data)
     with console.progress("preparing data", total=1) as bar:
         plan = make_plan(recipe, encoder, directory=loaded.directory, progress=bar.show)
     _check_metric(recipe, plan)
-    return Prepared(recipe, base, config, tokenizer, template, plan, init_from)
+    return Prepared(recipe, base, config, tokenizer, template, plan, new_token_ids, init_from)
 
 
 def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
@@ -118,6 +122,8 @@ def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
     section = prepared.recipe.method
     method = METHODS[section.type]
     method.apply(model, section, seed=prepared.recipe.seed)
+    if prepared.new_token_ids:
+        train_rows(model, prepared.new_token_ids)
     if section.type != "full" and section.init_from is not None:
         if prepared.init_from is None:
             raise _no_adapter(section.init_from)

@@ -149,7 +149,6 @@ def edited(directory, **changes) -> None:
     [
         ("bias", "all"),
         ("lora_bias", True),
-        ("trainable_token_indices", [1]),
         ("layer_replication", [[0, 1]]),
         ("init_lora_weights", "pissa"),
         ("invented_later", {"by": "peft"}),
