@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ftkit.methods.base import Report, report
+from ftkit.methods.beside import state_beside
 from ftkit.methods.table import METHODS
 from ftkit.models.load import choose_compute_dtype, stored_quantization
 from ftkit.models.multimodal import auto_class
@@ -85,4 +86,4 @@ def _count(prepared: Prepared, device: torch.device) -> Report:
     if (quantization := prepared.base.quantization or stored_quantization(prepared.config)) is not None:
         quantize(model, quantization)
     apply_method(model, prepared)
-    return report(model, method)
+    return report(model, method, beside=state_beside(model, recipe.method))

@@ -6,7 +6,7 @@ metrics.jsonl      one object a logged step or evaluation
 train.log          what the terminal showed
 validation.json    row ids of the validation rows
 checkpoints/       step-00000100/ ..., see training/checkpoint.py
-adapter/ | model/  the result
+adapter/ | model/  the result; prompt/ a soft prompt beside an adapter
 merged/, export/   what `ftkit merge` and `ftkit export` make of it
 """
 
@@ -30,6 +30,8 @@ import torch
 
 from ftkit.errors import UserError
 from ftkit.lock import refuse_if_locked
+from ftkit.methods.beside import DIRECTORY as PROMPT
+from ftkit.methods.beside import prompt_beside
 from ftkit.methods.files import BaseIdentity, read_quantization
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
@@ -39,7 +41,7 @@ from ftkit.recipe.schema import ModelSection, Recipe
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 LOG, VALIDATION = "train.log", "validation.json"
 CHECKPOINTS, ADAPTER, MODEL, MERGED, EXPORT = "checkpoints", "adapter", "model", "merged", "export"
-RESULTS = (ADAPTER, MODEL, MERGED, EXPORT)
+RESULTS = (ADAPTER, PROMPT, MODEL, MERGED, EXPORT)
 """What follows from the run's weights, and no longer does once it goes on."""
 STEPS, BASE, DATA = "optimizer_steps", "base_model", "data_fingerprint"
 """Keys of environment.json: the length that the run was planned to, and the `BaseIdentity`."""
@@ -48,7 +50,7 @@ _UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
 _NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 """What a directory cannot be created for because of its path alone."""
 
-PACKAGES = (
+PACKAGES = [
     "ftkit",
     "torch",
     "transformers",
@@ -58,7 +60,7 @@ PACKAGES = (
     "tokenizers",
     "numpy",
     "pydantic",
-)
+]
 """Whose versions environment.json holds."""
 
 
@@ -277,6 +279,8 @@ class Target:
     """The run it came from."""
     base: BaseModel | None
     """What it was tuned from: the model to compare with; None where it is no result of tuning."""
+    prompt: Path | None = None
+    """Directory of the soft prompt beside the adapter, where a run or checkpoint is named that has one."""
 
     @property
     def recipe(self) -> Recipe | None:
@@ -322,7 +326,9 @@ def find_target(
         if run is not None and base is None:
             # A .gguf file is called by its name, not by that of the directory that it was converted to.
             model = replace(model, name=load_recipe(run / RECIPE).recipe.base_model)
-        return Target(text, model, result, result, run, model)
+        # An adapter that is named itself goes without the prompt that lies beside it.
+        prompt = prompt_beside(result) if result != path else None
+        return Target(text, model, result, result, run, model, prompt)
     if (result / "config.json").is_file():
         tuned_from = None
         if run is not None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.errors import UserError
-from ftkit.methods import adapter, full
-from ftkit.methods.files import BOTTLENECK, LORA, WEIGHTS_NAME, BaseIdentity, identify
+from ftkit.methods import full
+from ftkit.methods.files import LORA, WEIGHTS_NAME, BaseIdentity, identify
+from ftkit.methods.table import method_of
 from ftkit.models.files import ADAPTER_CONFIG_NAME, hash_files, read_json
 from ftkit.models.load import BaseModel
 from ftkit.runs import Target
@@ -66,10 +67,8 @@ def lora_of(target: Target) -> Path:
     if target.adapter is None:
         raise UserError(f"{target.label}: {full.merge_refusal}")
     kind = read_json(target.adapter / ADAPTER_CONFIG_NAME).get("peft_type")
-    if kind == BOTTLENECK:
-        raise UserError(f"{target.adapter}: {adapter.merge_refusal}")
     if kind != LORA:
-        raise UserError(f"{target.adapter} is an adapter of the kind {kind}", how="ftkit merges LoRA adapters")
+        raise UserError(f"{target.adapter}: {method_of(target.adapter).merge_refusal}")
     return target.adapter
 
 

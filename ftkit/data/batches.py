@@ -36,7 +36,7 @@ class Batch:
     target_datasets: Tensor
     """int64 [N]; index of the data set of each target."""
     num_tokens: int
-    """Real tokens: neither padding nor the stand-in of an empty micro-batch."""
+    """Real tokens: neither padding, a soft prompt, nor the stand-in of an empty micro-batch."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, but for the bounds: every layer reads their values, and would wait for a GPU."""
@@ -164,7 +164,7 @@ def _fill_padded(longest_first: Sequence[int], lengths: Sequence[int], max_token
 # --------------------------------------------------------------------------------------------------- collating
 
 
-def collate(examples: Sequence[EncodedExample], *, packed: bool, pad_id: int) -> Batch:
+def collate(examples: Sequence[EncodedExample], *, packed: bool, pad_id: int, prompt_ids: Sequence[int] = ()) -> Batch:
     """Put the examples of one micro-batch into tensors.
 
     Args:
@@ -172,8 +172,10 @@ def collate(examples: Sequence[EncodedExample], *, packed: bool, pad_id: int) ->
             so that the rank still runs its forward and backward.
         packed: one after another in a single row, or padded on the right to the longest.
         pad_id: id that fills up. Real tokens are told apart by lengths, so it may be a token that documents contain.
+        prompt_ids: put before the first token of every document; they have positions, and no targets.
     """
-    lengths = [example.example.num_tokens for example in examples] or [1]
+    before = np.array(prompt_ids, np.int64)
+    lengths = [len(before) + example.example.num_tokens for example in examples] or [1]
     row_length = max(lengths)
     starts = [0, *accumulate(lengths)] if packed else [row_length * row for row in range(len(lengths))]
     shape = (1, sum(lengths)) if packed else (len(lengths), row_length)
@@ -182,6 +184,8 @@ def collate(examples: Sequence[EncodedExample], *, packed: bool, pad_id: int) ->
     for example, start in zip(examples, starts, strict=False):
         labels = example.example.labels
         assert labels[0] == IGNORE, "nothing comes before a document's first token, so nothing predicts it"
+        input_ids[start : start + len(before)] = before
+        start += len(before)
         input_ids[start : start + len(labels)] = example.example.input_ids
         targets = np.flatnonzero(labels != IGNORE)
         positions.append(start + targets - 1)
@@ -201,7 +205,7 @@ def collate(examples: Sequence[EncodedExample], *, packed: bool, pad_id: int) ->
         target_positions=_int64(positions),
         target_ids=_int64(ids),
         target_datasets=_int64(datasets),
-        num_tokens=sum(lengths) if examples else 0,
+        num_tokens=sum(example.example.num_tokens for example in examples),
     )
 
 

@@ -64,20 +64,21 @@ class Plan:
         return int(self.examples.num_tokens[self.steps.order].sum(dtype=np.int64))
 
     def micro_batches(
-        self, step: int, *, rank: int, world_size: int, max_tokens: int, packed: bool
+        self, step: int, *, rank: int, world_size: int, max_tokens: int, packed: bool, before_each: int = 0
     ) -> list[list[EncodedExample]]:
         """What `rank` runs in optimizer step `step` (from 0), one list a micro-batch, ready for `collate`.
 
+        `before_each` tokens more of every example count: those of a soft prompt before it.
         Every rank gets the same number of micro-batches; an empty one is run as well.
         """
         examples = ExampleView(self.examples, np.array(self.steps[step], np.int64))
-        return _deal_to(rank, examples, world_size=world_size, max_tokens=max_tokens, packed=packed)
+        return _deal_to(rank, examples, world_size, max_tokens, packed, before_each)
 
     def validation_batches(
-        self, name: str, *, rank: int, world_size: int, max_tokens: int, packed: bool
+        self, name: str, *, rank: int, world_size: int, max_tokens: int, packed: bool, before_each: int = 0
     ) -> list[list[EncodedExample]]:
         """What `rank` runs to measure the validation rows of one data set."""
-        return _deal_to(rank, self.validation[name], world_size=world_size, max_tokens=max_tokens, packed=packed)
+        return _deal_to(rank, self.validation[name], world_size, max_tokens, packed, before_each)
 
     def fingerprint_until(self, step: int) -> str:
         """SHA-256 in hex over validation rows, and ids, labels and order of what the first `step` steps train on.
@@ -188,7 +189,8 @@ def _load(
 
 
 def _deal_to(
-    rank: int, examples: ExampleView, *, world_size: int, max_tokens: int, packed: bool
+    rank: int, examples: ExampleView, world_size: int, max_tokens: int, packed: bool, before_each: int
 ) -> list[list[EncodedExample]]:
-    dealt = deal(examples.num_tokens.tolist(), world_size=world_size, max_tokens=max_tokens, padded=not packed)
+    lengths = (examples.num_tokens + before_each).tolist()
+    dealt = deal(lengths, world_size=world_size, max_tokens=max_tokens, padded=not packed)
     return [[examples[position] for position in micro_batch] for micro_batch in dealt[rank]]

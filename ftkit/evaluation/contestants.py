@@ -16,6 +16,7 @@ from ftkit.evaluation.compare import Contestant
 from ftkit.evaluation.prompts import ChatPrompts, Prompts, RawPrompts, choose_mode
 from ftkit.evaluation.schema import PromptMode
 from ftkit.methods.files import check_base, identify, read_identity
+from ftkit.methods.soft_prompt import load_beside
 from ftkit.methods.table import method_of, section_of
 from ftkit.models.load import BaseModel, load_tokenizer, load_weights
 from ftkit.models.precision import compute_in
@@ -69,6 +70,8 @@ def _load(
     if keeps_base:
         model = share_weights(model)
     method.load(model, target.adapter)
+    if target.prompt is not None:
+        load_beside(model, target.prompt)
     # The adapter is float32, and computes as it did in training.
     compute_in(model, dtype)
     nn.Module.to(model, device)

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from ftkit.models.architecture import key_value_shape
+from ftkit.models.soft_prompt import prompt_ids
+
 CACHE_BYTES, MOST_TOKENS = 2**30, 32_768
 """Size of the key-value cache that batches are filled up to, and tokens of a batch at most."""
 
@@ -66,10 +69,9 @@ def cached_tokens(model: PreTrainedModel) -> int:
 
     A step of generation reads every weight once, however many rows it serves: large batches are nearly free.
     """
-    config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    heads, width = key_value_shape(model.config)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    bytes_per_token = 2 * layers * heads * width * model.dtype.itemsize
     return min(MOST_TOKENS, CACHE_BYTES // bytes_per_token)
 
 
@@ -90,6 +92,9 @@ def _generate_batch(
     max_new_tokens: int,
     is_complete: Callable[[Sequence[int]], bool] | None,
 ) -> list[Generation]:
+    # A soft prompt comes before the first token: after the padding.
+    before = prompt_ids(model)
+    prompts = [(*before, *prompt) for prompt in prompts]
     length = max(map(len, prompts))
     input_ids_BT = torch.zeros(len(prompts), length, dtype=torch.int64)  # the mask hides padding, whatever its id
     mask_BT = torch.zeros(len(prompts), length, dtype=torch.int64)

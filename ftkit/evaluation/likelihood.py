@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ftkit.data.types import IGNORE, Example
 from ftkit.errors import NonFiniteError
+from ftkit.models.soft_prompt import prompt_ids
 
 MAX_LOGITS = 2**27
 """Elements of the largest tensor of logits: 512 MiB in float32. One document is never split, whatever it needs."""
@@ -91,14 +92,18 @@ def _batches(
 
 def _score_batch(model: PreTrainedModel, batch: Sequence[Example], takes_positions: bool) -> tuple[np.ndarray, int]:
     """Sums of the targets' log-probabilities, float64 [B], and the number of tokens run."""
-    length = max(example.num_tokens for example in batch)
+    # A soft prompt comes before the first token.
+    before = torch.tensor(prompt_ids(model), dtype=torch.int64)
+    start = len(before)
+    length = start + max(example.num_tokens for example in batch)
     input_ids_BT = torch.zeros(len(batch), length, dtype=torch.int64)  # the mask hides padding, whatever its id
     labels_BT = torch.full((len(batch), length), IGNORE, dtype=torch.int64)
     mask_BT = torch.zeros(len(batch), length, dtype=torch.int64)
     for row, example in enumerate(batch):
-        input_ids_BT[row, : example.num_tokens] = torch.from_numpy(example.input_ids.astype(np.int64))
-        labels_BT[row, : example.num_tokens] = torch.from_numpy(example.labels.astype(np.int64))
-        mask_BT[row, : example.num_tokens] = 1
+        end = start + example.num_tokens
+        input_ids_BT[row, :start], mask_BT[row, :end] = before, 1
+        input_ids_BT[row, start:end] = torch.from_numpy(example.input_ids.astype(np.int64))
+        labels_BT[row, start:end] = torch.from_numpy(example.labels.astype(np.int64))
 
     is_target_BT = labels_BT[:, 1:] != IGNORE  # labels[t] is predicted from position t - 1
     positions_P = is_target_BT.any(dim=0).nonzero().squeeze(-1)

@@ -18,7 +18,7 @@ layers. A hook runs alike under checkpointing, DDP, `fully_shard` and `torch.com
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,16 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from ftkit.errors import UserError
-from ftkit.methods.base import Delta, Gather, copy_strictly, freeze, gathered, seeded_generator, train_in_float32
+from ftkit.methods.base import (
+    Delta,
+    Gather,
+    copy_strictly,
+    freeze,
+    gathered,
+    seeded_generator,
+    switched_off,
+    train_in_float32,
+)
 from ftkit.methods.files import (
     BOTTLENECK,
     BaseIdentity,
@@ -42,6 +51,7 @@ from ftkit.methods.files import (
 )
 from ftkit.models.architecture import BlockParts, Part, block_parts, describe, linear_shape, norm_modules
 from ftkit.models.quantization import quantization_of
+from ftkit.models.soft_prompt import PARAMETER as PROMPT
 from ftkit.recipe.method_schema import AdapterMethod
 
 name = "adapter"
@@ -176,8 +186,8 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: Adapter
 
 
 def learning_rate_factor(name: str, section: AdapterMethod) -> float:
-    """All learn at the same rate."""
-    return 1.0
+    """All learn at the same rate, but for a soft prompt beside them."""
+    return section.soft_prompt_learning_rate_ratio if name.endswith(PROMPT) else 1.0
 
 
 def notes(model: PreTrainedModel) -> tuple[str, ...]:
@@ -195,18 +205,9 @@ def keeps_base(section: AdapterMethod) -> bool:
     return not section.train_norms
 
 
-@contextmanager
-def disabled(model: PreTrainedModel) -> Iterator[None]:
+def disabled(model: PreTrainedModel) -> AbstractContextManager[None]:
     """The base model, while inside; norms that were trained stay as they are."""
-    adapters = list(_adapters(model))
-    before = [adapter.enabled for adapter in adapters]
-    try:
-        for adapter in adapters:
-            adapter.enabled = False
-        yield
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+    return switched_off(_adapters(model))
 
 
 @dataclass(frozen=True)
@@ -274,4 +275,6 @@ def _adapters(model: PreTrainedModel) -> Iterator[BottleneckAdapter]:
 
 
 def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {path: parameter for path, parameter in model.named_parameters() if parameter.requires_grad}
+    """All that trains, but for a soft prompt beside the adapters, which has a file of its own."""
+    named = ((path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad)
+    return {path: parameter for path, parameter in named if not path.endswith(PROMPT)}

@@ -6,9 +6,10 @@ A method is a module of functions (`methods/lora.py` ...) and keeps no state: ev
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -201,6 +202,19 @@ def train_in_float32(parameter: nn.Parameter) -> None:
     parameter.requires_grad_(True)
 
 
+@contextmanager
+def switched_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside this context the `enabled` of these inserted modules is False, and the model computes without them."""
+    before = [(module, module.enabled) for module in modules]
+    try:
+        for module, _ in before:
+            module.enabled = False  # type: ignore[assignment]  # a plain attribute of ftkit's own modules
+        yield
+    finally:
+        for module, enabled in before:
+            module.enabled = enabled
+
+
 def seeded_generator(seed: int, path: str) -> torch.Generator:
     """A CPU generator for the initial values of the module at `path`: another module's presence changes nothing."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
@@ -294,11 +308,14 @@ class Report:
         return self.trainable_parameters / self.total_parameters
 
 
-def report(model: nn.Module, method: Method | None = None) -> Report:
+def report(
+    model: nn.Module, method: Method | None = None, *, beside: Mapping[str, Tensor] = MappingProxyType({})
+) -> Report:
     """Count a model's parameters; under `fully_shard` the global numbers.
 
     Args:
         method: tells where it inserted modules, and what is saved, where that is not just what trains.
+        beside: what is saved of a soft prompt beside it.
     """
     quantized = {layer.weight: layer for _, layer in quantized_layers(model)}
     counts: Counter[tuple[torch.dtype, bool, str | None]] = Counter()
@@ -312,7 +329,7 @@ def report(model: nn.Module, method: Method | None = None) -> Report:
     saved: Iterable[Tensor] = (parameter for parameter in model.parameters() if parameter.requires_grad)
     if method is not None:
         assert isinstance(model, PreTrainedModel)
-        saved, places = method.trained_state(model).values(), method.places(model)
+        saved, places = (*method.trained_state(model).values(), *beside.values()), method.places(model)
     parts = [Precision(kind[0], kind[1], number, kind[2], sizes[kind]) for kind, number in counts.items()]
     return Report(
         trainable_parameters=sum(part.parameters for part in parts if part.trained),

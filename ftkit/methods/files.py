@@ -28,6 +28,8 @@ CONFIG_NAME, WEIGHTS_NAME, IDENTITY_NAME = "adapter_config.json", "adapter_model
 LORA, BOTTLENECK = "LORA", "FTKIT_BOTTLENECK"
 """Values of `peft_type`."""
 
+_OF_THE_PROMPT = ("soft_prompt", "soft_prompt_learning_rate_ratio")
+"""Keys of a section that say nothing of the adapter: a prompt beside it has a directory of its own."""
 _TRAINED_AS, _QUANTIZATION = "method", "base_quantization"
 """Keys of ftkit.json."""
 _READ = {"peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "target_modules"}
@@ -99,7 +101,8 @@ def write_adapter(
     precision = str(base_dtype).removeprefix("torch.")
     own: dict[str, Any] = {"ftkit_version": _version(), **known, "base_dtype": precision}
     own |= {_QUANTIZATION: base_quantization} if base_quantization is not None else {}
-    own |= {_TRAINED_AS: trained_as.model_dump(mode="json", exclude={"init_from"})} if trained_as is not None else {}
+    if trained_as is not None:
+        own[_TRAINED_AS] = trained_as.model_dump(mode="json", exclude={"init_from", *_OF_THE_PROMPT})
     _write_json(directory / IDENTITY_NAME, own)
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -121,7 +124,7 @@ def read_adapter(directory: Path, *, peft_type: str) -> tuple[dict[str, Any], di
     if config.get("peft_type") != peft_type:
         raise UserError(
             f"is an adapter of the kind {config.get('peft_type')!r}, not {peft_type!r}",
-            how="ftkit reads LoRA and its own bottleneck adapters",
+            how="ftkit reads LoRA, prompts and prefixes of peft, and its own bottleneck adapters",
             where=str(directory / CONFIG_NAME),
         )
     if not weights.is_file():
@@ -223,7 +226,7 @@ def lora_section(config: Mapping[str, Any], where: Path) -> LoraMethod:
 
 def bottleneck_config(section: AdapterMethod) -> dict[str, Any]:
     """The configuration of bottleneck adapters: the keys of their section."""
-    return {"peft_type": BOTTLENECK, **section.model_dump(exclude={"type", "init_from"})}
+    return {"peft_type": BOTTLENECK, **section.model_dump(exclude={"type", "init_from", *_OF_THE_PROMPT})}
 
 
 def bottleneck_section(config: Mapping[str, Any], where: Path) -> AdapterMethod:

@@ -68,6 +68,7 @@ from ftkit.methods.saved_modules import (
 from ftkit.methods.targets import check_patterns, select_targets, shortest_names
 from ftkit.models.architecture import is_linear, linear_modules
 from ftkit.models.quantization import quantization_of
+from ftkit.models.soft_prompt import PARAMETER as PROMPT
 from ftkit.models.token_rows import owners
 from ftkit.recipe.method_schema import LoraMethod
 
@@ -209,7 +210,9 @@ def deltas(model: PreTrainedModel, state: Mapping[str, Tensor], section: LoraMet
 
 
 def learning_rate_factor(name: str, section: LoraMethod) -> float:
-    """B learns `learning_rate_ratio` times as fast as everything else (LoRA+)."""
+    """B learns `learning_rate_ratio` times as fast as everything else (LoRA+), a soft prompt at a rate of its own."""
+    if name.endswith(PROMPT):
+        return section.soft_prompt_learning_rate_ratio
     return section.learning_rate_ratio if name.endswith(".lora_B") else 1.0
 
 

@@ -17,6 +17,7 @@ from ftkit.errors import UserError
 from ftkit.methods.base import train_in_float32
 from ftkit.methods.targets import matches_name, tower_of
 from ftkit.models.quantization import quantization_of
+from ftkit.models.soft_prompt import PARAMETER as PROMPT
 from ftkit.models.token_rows import ROWS
 
 KEY = ("method", "modules_to_save")
@@ -58,11 +59,11 @@ def train_modules(model: PreTrainedModel, names: Sequence[str], adapted: Iterabl
 
 
 def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter that trains and is no LoRA's, nor rows of new tokens; a tied one under all of its names."""
+    """Name -> parameter that trains, of no LoRA, new token or prompt; a tied one under all of its names."""
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad and not name.rpartition(".")[2].startswith(("lora_", ROWS))
+        if parameter.requires_grad and not name.rpartition(".")[2].startswith(("lora_", ROWS, PROMPT))
     }
 
 

@@ -8,9 +8,13 @@ from ftkit.errors import Problem, UserError
 from ftkit.methods import adapter
 from ftkit.methods.base import Method
 from ftkit.methods.files import BOTTLENECK, LORA, bottleneck_section, lora_section, read_adapter, trained_as
+from ftkit.methods.prompt_files import LLAMA_ADAPTER, PREFIX, SOFT_PROMPT
 from ftkit.recipe.method_schema import AdapterMethod, LoraMethod
+from ftkit.recipe.section import Section
 
 KEY = ("method", "init_from")
+PROMPTS = {"soft_prompt": SOFT_PROMPT, "prefix": PREFIX, "llama_adapter": LLAMA_ADAPTER}
+"""Method -> its `peft_type`."""
 _DECISIVE = {
     "lora": ("rank", "alpha", "rank_pattern", "alpha_pattern", "rank_stabilized", "dora", "init"),
     "adapter": ("bottleneck", "non_linearity", "placement", "insertion", "scale", "train_norms"),
@@ -18,7 +22,7 @@ _DECISIVE = {
 """Keys that say what saved weights compute. Which modules they belong to is told by their names."""
 
 
-def continue_from(model: PreTrainedModel, method: Method, section: LoraMethod | AdapterMethod, directory: Path) -> None:
+def continue_from(model: PreTrainedModel, method: Method, section: Section, directory: Path) -> None:
     """Copy the weights of the adapter in `directory` into a model that `method` was applied to as `section` says.
 
     Raises:
@@ -27,10 +31,13 @@ def continue_from(model: PreTrainedModel, method: Method, section: LoraMethod | 
     if isinstance(section, LoraMethod):
         config, state = read_adapter(directory, peft_type=LORA)
         _check_sections(section, trained_as(directory) or lora_section(config, directory), directory)
-    else:
+    elif isinstance(section, AdapterMethod):
         config, state = read_adapter(directory, peft_type=BOTTLENECK)
         trained = bottleneck_section(config, directory)
         _check_sections(adapter.sized(model, section), adapter.sized(model, trained), directory)
+    else:
+        # Names and shapes of a prompt's tensors say all of it.
+        _, state = read_adapter(directory, peft_type=PROMPTS[method.name])
     ours = method.trained_state(model)
     for kind, names in (("lacks", ours.keys() - state.keys()), ("has besides", state.keys() - ours.keys())):
         if names:

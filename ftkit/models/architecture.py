@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import NoReturn
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ftkit.errors import UserError
@@ -129,6 +129,13 @@ def linear_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """
     modules = _block_modules(model)
     return {path: module for path, module in modules if is_linear(module) and not _is_router(path, module)}
+
+
+def key_value_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Heads of keys and values, and the width of one, in the attention layers of a model with this configuration."""
+    text = config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads, width
 
 
 def norm_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -3,6 +3,9 @@
 The bounds of the documents travel as forward keywords under transformers' own names (`cu_seq_lens_q` ...), from
 `document_kwargs` through the model to the attention function. transformers hands a function registered only in its
 `AttentionInterface` no mask: window, soft-cap and sinks are the function's own task.
+
+A second function, `padded_attention`, is for rows that are padded, or generated token by token, of models whose
+attention modules were given prompts to look at (`attention_prompts.py`), of which the library's functions know nothing.
 """
 
 from dataclasses import dataclass
@@ -12,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from ftkit.data.batches import Batch
+from ftkit.models.attention_prompts import gated_prompt_of, prefix_of
 
-NAME = "ftkit"
-"""What `attn_implementation` calls this attention."""
+NAME, PADDED_NAME = "ftkit", "ftkit_padded"
+"""What `attn_implementation` calls `document_attention` and `padded_attention`."""
 
 
 @dataclass(slots=True)
@@ -28,8 +33,18 @@ class CallCounter:
 
 
 def register() -> None:
-    """Make `attn_implementation="ftkit"` known to transformers. May be called again."""
+    """Make both names of `attn_implementation` known to transformers. May be called again."""
     AttentionInterface.register(NAME, document_attention)
+    AttentionInterface.register(PADDED_NAME, padded_attention)
+    AttentionMaskInterface.register(PADDED_NAME, _whole_mask)
+
+
+def attend_to_prompts(model: PreTrainedModel) -> None:
+    """Have the model's attention look at the prompts of its modules: by `document_attention` where it does so already,
+    else by `padded_attention`."""
+    register()
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(PADDED_NAME)
 
 
 def document_kwargs(batch: Batch) -> dict[str, Any]:
@@ -82,16 +97,64 @@ def document_attention(
         attention_calls.count += 1
     _check(query, key, attention_mask, cu_seq_lens_q, kwargs)
     assert cu_seq_lens_q is not None, "checked above"
+    prefix, gated = prefix_of(module), gated_prompt_of(module)
     lengths = cu_seq_lens_q.diff().tolist()
     outputs = []
     # One split each way: its backward is one concatenation, where slices would each fill a whole row with zeros.
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        if softcap is None and s_aux is None:
-            output = _fused(q, k, v, scaling, dropout, sliding_window)
-        else:
-            output = _explicit(q, k, v, scaling, dropout, sliding_window, softcap, s_aux)
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+        k, v = (k, v) if prefix is None else prefix.before(k, v)
+        length, keys = q.shape[2], k.shape[2]
+        causal = keys == length and (sliding_window is None or keys <= sliding_window)
+        seen = None if causal else _seen(length, keys, sliding_window, q.device)
+        outputs.append(_attend(q, k, v, seen, scaling, dropout, softcap, s_aux).transpose(1, 2))
+    output = torch.cat(outputs, dim=1)
+    return output if gated is None else output + gated(module, query, scaling), None
+
+
+def padded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same for padded rows, and with a cache: [B, H, T, D] queries and [B, K, S, D] keys, S >= T.
+
+    Args:
+        attention_mask: bool [B, 1, T, S], which keys a query sees; windows are in it.
+        position_ids: int64 [B or 1, T], prefix included: what a window leaves behind of that. Otherwise as above.
+
+    Raises:
+        ValueError: there is no mask.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.bool:
+        raise ValueError("the model hands its attention no mask of what each token sees")
+    if (prefix := prefix_of(module)) is not None:
+        key, value = prefix.before(key, value)
+        rows, length = len(attention_mask), query.shape[2]
+        seen = attention_mask.new_ones(rows, 1, length, len(prefix.prefix_keys))
+        if sliding_window is not None:
+            if position_ids is None:
+                raise ValueError("the model does not tell its attention the positions, which its window goes by")
+            columns = torch.arange(seen.shape[-1], device=seen.device)
+            seen = seen & (columns > position_ids[:, None, :, None] - sliding_window)
+        attention_mask = torch.cat([seen, attention_mask], dim=-1)
+    output = _attend(query, key, value, attention_mask, scaling, dropout, softcap, s_aux).transpose(1, 2)
+    gated = gated_prompt_of(module)
+    return (output if gated is None else output + gated(module, query, scaling)).contiguous(), None
+
+
+def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for `padded_attention`, also where a plain causal one could be left out."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 def _check(query: Tensor, key: Tensor, mask: Tensor | None, bounds: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -104,9 +167,25 @@ def _check(query: Tensor, key: Tensor, mask: Tensor | None, bounds: Tensor | Non
         raise ValueError("masks, position biases and bidirectional attention are not supported")
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
-    """Plain softmax attention in one kernel; [1, H, L, Dv]."""
-    mask = None if window is None or q.shape[2] <= window else _window_mask(q.shape[2], window, q.device)
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention over the keys that each query sees, `seen` bool [.., L, S], or causally; [B, H, L, Dv]."""
+    if softcap is None and sinks is None:
+        return _fused(q, k, v, seen, scaling, dropout)
+    seen = _seen(q.shape[2], k.shape[2], None, q.device) if seen is None else seen
+    return _explicit(q, k, v, seen, scaling, dropout, softcap, sinks)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, dropout: float) -> Tensor:
+    """Plain softmax attention in one kernel."""
     grouped = q.shape[1] != k.shape[1]
     # The fast kernels share key heads by themselves only without a mask and up to width 256, on a GPU not in float32.
     shares = mask is None and k.shape[-1] == v.shape[-1] <= 256 and not (q.is_cuda and q.dtype == torch.float32)
@@ -121,28 +200,33 @@ def _explicit(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    seen: Tensor,
     scaling: float | None,
     dropout: float,
-    window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with what no fused kernel offers, in the order of operations of transformers; [1, H, L, Dv]."""
-    num_heads, length = q.shape[1], q.shape[2]
+    """Attention with what no fused kernel offers, in the order of operations of transformers."""
+    num_heads, keys = q.shape[1], k.shape[2]
     scores = q @ _repeat_heads(k, num_heads).mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~_window_mask(length, window or length, q.device), -torch.inf)
+    # The lowest number, not minus infinity: a padding token may see nothing, and would make NaN of that.
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.to(scores).view(1, -1, 1, 1).expand(1, num_heads, length, 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :length]
+        scores = torch.cat([scores, sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :keys]
     return drop(weights, dropout) @ _repeat_heads(v, num_heads)
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [length, length]: which keys (columns) a query (row) sees, itself and the `window` - 1 before it."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return seen.triu(1 - window)
+def _seen(length: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [length, keys]: which keys (columns) each of the last `length` tokens (rows) sees.
+
+    Itself and those before it; with a window only the `window` - 1 before it.
+    """
+    past = keys - length
+    seen = torch.ones(length, keys, dtype=torch.bool, device=device).tril(past)
+    return seen if window is None else seen.triu(past + 1 - window)
 
 
 def _repeat_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -42,6 +42,13 @@ def _new_tokens(recipe: Recipe) -> Iterator[Problem]:
             seen.add(token)
 
 
+def _prompts(recipe: Recipe) -> Iterator[Problem]:
+    attention, method = recipe.model.attn_implementation, recipe.method.type
+    if method in ("prefix", "llama_adapter") and attention not in ("auto", "ftkit"):
+        what = f"{attention} knows nothing of the prompts that method.type: {method} trains in every layer"
+        yield Problem(what, "set it to auto, or leave it out", key=("model", "attn_implementation"))
+
+
 def _mixing(recipe: Recipe) -> Iterator[Problem]:
     mixing = recipe.data.mixing
     key: KeyPath = ("data", "mixing")
@@ -155,6 +162,7 @@ def _output_dir(recipe: Recipe) -> Iterator[Problem]:
 CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _quantization,
     _new_tokens,
+    _prompts,
     _mixing,
     _evaluation,
     _dataset_names,

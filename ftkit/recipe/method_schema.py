@@ -52,6 +52,10 @@ class LoraMethod(Section):
     gets an update of its own. Without dropout, `dora` and `init: pissa`."""
     modules_to_save: ListOf[NonEmpty] = ()
     """Names of modules that train in full besides, e.g. [embed_tokens, lm_head]; tied ones train together."""
+    soft_prompt: PositiveInt | None = None
+    """Train a soft prompt of so many vectors besides; it is saved in prompt/, beside adapter/."""
+    soft_prompt_learning_rate_ratio: PositiveFloat = 150.0
+    """The prompt's learning rate is so many times `training.learning_rate`."""
     init_from: NonEmpty | None = None
     """Run or LoRA directory (relative to the recipe) whose trained weights training goes on from, at step 0."""
 
@@ -116,6 +120,10 @@ class AdapterMethod(Section):
     """Probability of dropping an element of f's output."""
     train_norms: bool = False
     """Train the model's normalisation layers too, as the first paper does."""
+    soft_prompt: PositiveInt | None = None
+    """Train a soft prompt of so many vectors besides; it is saved in prompt/, beside adapter/."""
+    soft_prompt_learning_rate_ratio: PositiveFloat = 100.0
+    """The prompt's learning rate is so many times `training.learning_rate`."""
     init_from: NonEmpty | None = None
     """Run or adapter directory (relative to the recipe) whose trained weights training goes on from, at step 0."""
 
@@ -142,6 +150,50 @@ class AdapterMethod(Section):
     def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         """The order of the parts in a layer, each once: however it was written, it means the same."""
         return tuple(part for part in ("attention", "feed_forward") if part in value)
+
+
+class SoftPromptMethod(Section):
+    """Trained vectors before every document's first token (Lester et al. 2021, https://arxiv.org/abs/2104.08691)."""
+
+    type: Literal["soft_prompt"]
+    """The method."""
+    num_virtual_tokens: PositiveInt = 20
+    """Vectors of the prompt."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """What they start from: the embeddings of tokens drawn from the 5,000 most common ones, or numbers drawn uniformly
+    from -0.5 to 0.5, as in the paper."""
+    init_text: NonEmpty | None = None
+    """Text whose tokens' embeddings they start from instead, repeated or cut to the prompt's length."""
+    init_from: NonEmpty | None = None
+    """Run or prompt directory (relative to the recipe) whose trained prompt training goes on from, at step 0."""
+
+
+class PrefixMethod(Section):
+    """Trained keys and values before those of every layer (P-Tuning v2, Liu et al. 2022,
+    https://arxiv.org/abs/2110.07602)."""
+
+    type: Literal["prefix"]
+    """The method."""
+    num_virtual_tokens: PositiveInt = 20
+    """Keys and values of each layer."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of what they start from."""
+    init_from: NonEmpty | None = None
+    """Run or prefix directory (relative to the recipe) whose trained prefix training goes on from, at step 0."""
+
+
+class LlamaAdapterMethod(Section):
+    """A prompt in each of the upper layers, behind a gate that starts at zero (LLaMA-Adapter, Zhang et al. 2023,
+    https://arxiv.org/abs/2303.16199)."""
+
+    type: Literal["llama_adapter"]
+    """The method."""
+    num_virtual_tokens: PositiveInt = 10
+    """Vectors of the prompt of each layer."""
+    num_layers: PositiveInt | None = None
+    """How many layers get one, from the last one down; left out: all but the first two, as in the paper."""
+    init_from: NonEmpty | None = None
+    """Run or adapter directory (relative to the recipe) whose trained prompts training goes on from, at step 0."""
 
 
 def _compile(pattern: str) -> None:

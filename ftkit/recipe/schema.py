@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ftkit.recipe.method_schema import AdapterMethod, FullMethod, LoraMethod
+from ftkit.recipe.method_schema import (
+    AdapterMethod,
+    FullMethod,
+    LlamaAdapterMethod,
+    LoraMethod,
+    PrefixMethod,
+    SoftPromptMethod,
+)
 from ftkit.recipe.section import Auto, ListOf, NonEmpty, Probability, Section, Share, StepsOrShare
 
 
@@ -178,8 +185,18 @@ class DataSection(Section):
     """Keywords for the chat template, e.g. {enable_thinking: false}; kept with the run."""
 
 
-Method = Annotated[FullMethod | LoraMethod | AdapterMethod, Field(discriminator="type")]
-METHOD_SECTIONS: dict[str, type[Section]] = {"full": FullMethod, "lora": LoraMethod, "adapter": AdapterMethod}
+Method = Annotated[
+    FullMethod | LoraMethod | AdapterMethod | SoftPromptMethod | PrefixMethod | LlamaAdapterMethod,
+    Field(discriminator="type"),
+]
+METHOD_SECTIONS: dict[str, type[Section]] = {
+    "full": FullMethod,
+    "lora": LoraMethod,
+    "adapter": AdapterMethod,
+    "soft_prompt": SoftPromptMethod,
+    "prefix": PrefixMethod,
+    "llama_adapter": LlamaAdapterMethod,
+}
 """`method.type` -> its section."""
 
 
@@ -253,7 +270,7 @@ class Recipe(Section):
     data: DataSection
     """What is trained on."""
     method: Method
-    """What trains, {type: full}, {type: lora} or {type: adapter}, and that method's keys."""
+    """What trains, `type`: full, lora, adapter, soft_prompt, prefix or llama_adapter, and that method's keys."""
     training: TrainingSection = TrainingSection()
     """The loop."""
     output_dir: NonEmpty = "runs/{name}-{n}"
@@ -278,5 +295,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 2e-5, "global_batch_size": 32, "num_train_epochs": 2},
     "lora": {"learning_rate": 2e-4, "global_batch_size": 16, "num_train_epochs": 3},
     "adapter": {"learning_rate": 3e-4, "global_batch_size": 16, "num_train_epochs": 3},
+    "soft_prompt": {"learning_rate": 3e-2, "global_batch_size": 16, "num_train_epochs": 3},
+    "prefix": {"learning_rate": 5e-3, "global_batch_size": 16, "num_train_epochs": 3},
+    "llama_adapter": {"learning_rate": 5e-3, "global_batch_size": 16, "num_train_epochs": 3},
 }
 """Training defaults by method. LoRA wants about ten times the learning rate of full tuning, and small batches."""

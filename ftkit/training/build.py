@@ -11,13 +11,16 @@ from transformers import GenerationConfig, PreTrainedModel
 from ftkit.console import Console, human_bytes, human_count
 from ftkit.distributed import World
 from ftkit.methods.base import Method, Report, report
+from ftkit.methods.beside import notes_beside, prompt_beside, state_beside
 from ftkit.methods.files import BaseIdentity, check_base, identify, read_identity
+from ftkit.methods.soft_prompt import load_beside
 from ftkit.methods.table import METHODS
 from ftkit.models.architecture import describe
 from ftkit.models.isolation import Isolation, choose_packing
 from ftkit.models.load import choose_compute_dtype, load_weights
 from ftkit.models.objective import Objective
 from ftkit.models.precision import compute_in
+from ftkit.models.soft_prompt import prompt_ids
 from ftkit.models.tokenizer import untrained_tokens
 from ftkit.recipe.schema import Recipe
 from ftkit.runs import MetricsFile, recorded_base
@@ -107,7 +110,7 @@ def build(
     model = _model_with_method(prepared, method, compute_dtype, isolation, checkpoint)
     untrained = untrained_tokens(model, prepared.tokenizer, prepared.template.end_of_turn_ids)
     torch.manual_seed(recipe.seed + world.rank)
-    counts = report(model, method)
+    counts = report(model, method, beside=state_beside(model, recipe.method))
     sharded = world.size > 1 and recipe.training.parallel == "fsdp"
     _set_for_training(model, recipe, compute_in_dtype=None if sharded and method.name == "full" else compute_dtype)
 
@@ -139,7 +142,14 @@ def build(
         section=recipe.training,
         plan=plan,
         world=world,
-        feed=Feed(plan, world, max_tokens, packed=isolation.packed, pad_id=pad_id(prepared.tokenizer)),
+        feed=Feed(
+            plan,
+            world,
+            max_tokens,
+            packed=isolation.packed,
+            pad_id=pad_id(prepared.tokenizer),
+            prompt_ids=prompt_ids(model),
+        ),
         objective=root,
         parameters=parameters,
         optimizer=optimizer,
@@ -148,7 +158,8 @@ def build(
         save=save,
     )
     precision = _precision_in_words(counts, compute_dtype, reason)
-    notes = (*method.notes(model), *objective.notes, *untrained, *_notes_on_sharing(recipe, world))
+    own = (*method.notes(model), *notes_beside(recipe.method))
+    notes = (*own, *objective.notes, *untrained, *_notes_on_sharing(recipe, world))
     return Built(loop, state, model, method, identity, isolation, counts, precision, notes)
 
 
@@ -168,7 +179,10 @@ def _model_with_method(
     if checkpoint is None:
         apply_method(model, prepared)
     else:
-        method.load(model, checkpoint.path / result_name(method))
+        adapter = checkpoint.path / result_name(method)
+        method.load(model, adapter)
+        if (prompt := prompt_beside(adapter)) is not None:
+            load_beside(model, prompt)
     return model
 
 

@@ -14,6 +14,8 @@ from ftkit.data.plan import Plan, make_plan
 from ftkit.data.problems import count_rows, list_rows
 from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import UserError
+from ftkit.methods.beside import insert_beside
+from ftkit.methods.soft_prompt import start_from_text
 from ftkit.methods.start import KEY as INIT_FROM_KEY
 from ftkit.methods.start import continue_from
 from ftkit.methods.table import METHODS
@@ -40,6 +42,8 @@ class Prepared:
     """Of the tokens that the recipe added."""
     init_from: Path | None
     """Directory of the adapter that training begins with."""
+    prompt_text_ids: tuple[int, ...] = ()
+    """Tokens of the text that a soft prompt starts from."""
 
     def print(self, console: Console) -> None:
         """What the run is made of: base, mixture, steps."""
@@ -110,7 +114,10 @@ def prepare(
     with console.progress("preparing data", total=1) as bar:
         plan = make_plan(recipe, encoder, directory=loaded.directory, progress=bar.show)
     _check_metric(recipe, plan)
-    return Prepared(recipe, base, config, tokenizer, template, plan, new_token_ids, init_from)
+    text = recipe.method.init_text if recipe.method.type == "soft_prompt" else None
+    text_ids = () if text is None else tuple(tokenizer.encode(text, add_special_tokens=False))
+    _check_positions(recipe, config, plan)
+    return Prepared(recipe, base, config, tokenizer, template, plan, new_token_ids, init_from, text_ids)
 
 
 def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
@@ -124,10 +131,13 @@ def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
     method.apply(model, section, seed=prepared.recipe.seed)
     if prepared.new_token_ids:
         train_rows(model, prepared.new_token_ids)
+    if prepared.prompt_text_ids:
+        start_from_text(model, prepared.prompt_text_ids)
     if section.type != "full" and section.init_from is not None:
         if prepared.init_from is None:
             raise _no_adapter(section.init_from)
         continue_from(model, method, section, prepared.init_from)
+    insert_beside(model, section, seed=prepared.recipe.seed, begin=prepared.init_from)
 
 
 def _initial_adapter(loaded: LoadedRecipe, *, needed: bool) -> Path | None:
@@ -153,6 +163,20 @@ def _check_metric(recipe: Recipe, plan: Plan) -> None:
         raise UserError(
             f"{metric} is not measured", key=("training", "metric_for_best_model"), how=f"choose {' or '.join(known)}"
         )
+
+
+def _check_positions(recipe: Recipe, config: PreTrainedConfig, plan: Plan) -> None:
+    """A prompt's tokens have positions too, of which a model without rotary ones has only so many."""
+    text, method = config.get_text_config(decoder=True), recipe.method
+    rows = {"soft_prompt": "num_virtual_tokens", "prefix": "num_virtual_tokens"}.get(method.type, "soft_prompt")
+    before, known = getattr(method, rows, None) or 0, getattr(text, "max_position_embeddings", None)
+    if not before or known is None or getattr(text, "rope_parameters", None) is not None:
+        return
+    measured = [int(examples.num_tokens.max()) for examples in plan.validation.values()]
+    longest = max(int(plan.examples.num_tokens.max()), *measured)
+    if before + longest > known:
+        what = f"{before} virtual tokens and examples of up to {longest} tokens do not fit into {known} positions"
+        raise UserError(what, key=("data", "max_length"), how=f"set it to {known - before}")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

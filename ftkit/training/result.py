@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from ftkit.console import human_bytes
 from ftkit.errors import StorageError
 from ftkit.methods.base import Method
+from ftkit.methods.beside import DIRECTORY as PROMPT
+from ftkit.methods.beside import prompt_beside, save_beside
 from ftkit.methods.files import BaseIdentity
 from ftkit.models.files import (
     CONFIG_NAME,
@@ -62,22 +65,26 @@ def write_weights(
     prepared: Prepared,
     identity: BaseIdentity,
     state: Mapping[str, Tensor],
+    prompt: Mapping[str, Tensor],
 ) -> None:
     """Write `parent/adapter` or `parent/model`: weights, tokenizer, chat template and generation config.
 
-    A whole model gets its base's processors besides.
+    A whole model gets its base's processors besides. A soft prompt beside the adapter gets a directory like it.
 
     Args:
         state: `method.trained_state`, whole and on the CPU.
+        prompt: `state_beside`, likewise.
     """
-    directory = parent / result_name(method)
-    directory.mkdir()
-    method.save(model, prepared.recipe.method, directory, identity, state=state)
+    directories = [parent / result_name(method)]
+    method.save(model, prepared.recipe.method, directories[0], identity, state=state)
+    if prompt:
+        directories.append(save_beside(model, parent, identity, prompt))
     prepared.template.save_to(prepared.tokenizer)
-    prepared.tokenizer.save_pretrained(directory)
+    for directory in directories:
+        prepared.tokenizer.save_pretrained(directory)
+        write_json(directory / GENERATION_CONFIG, _generation_config(prepared))
     if method.name == "full":
-        copy_matching(local_directory(prepared.base, weights=False), directory, PROCESSOR_PATTERNS)
-    write_json(directory / GENERATION_CONFIG, _generation_config(prepared))
+        copy_matching(local_directory(prepared.base, weights=False), directories[0], PROCESSOR_PATTERNS)
 
 
 def _generation_config(prepared: Prepared) -> dict[str, Any]:
@@ -97,7 +104,8 @@ def publish_result(
 ) -> Result:
     """Copy the weights of the best or the last checkpoint to RUN/adapter or RUN/model, under a temporary name first.
 
-    A full model is cast from its float32 masters to the precision that the base is stored in.
+    A prompt beside an adapter comes first: with the adapter the result is whole. A full model is cast from its float32
+    masters to the precision that the base is stored in.
 
     Args:
         model: that was trained; tells what its class does not load.
@@ -115,32 +123,44 @@ def publish_result(
             where=str(source.parent),
             how="go on from another with --from",
         )
-    staging = run / f".staging-{result_name(method)}"
+    prompt = prompt_beside(source)
     how = "free some space and go on with --resume; the checkpoints are intact"
-    try:
-        with storage_errors("cannot write the run's result", how=how, where=str(target)):
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.copytree(source, staging)
+    with storage_errors("cannot write the run's result", how=how, where=str(target)):
+        if prompt is not None:
+            with _publishing(prompt, run):
+                pass
+        with _publishing(source, run) as staging:
             if method.name == "full":
                 base = local_directory(prepared.base, weights=True)
                 _finish_model(staging, base, model._keys_to_ignore_on_load_unexpected)
-            flush(staging)
-            if target.exists():
-                # Only a run that was interrupted between this rename and its end has one already.
-                shutil.rmtree(target)
-            staging.rename(target)
-            flush_entry(run)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     which = "the last step"
     if state.best_step == step:
         which = f"the best evaluation (step {step}, loss {state.best_metric:.4f})"
     size = human_bytes(sum(path.stat().st_size for path in target.glob("*.safetensors")))
+    beside = f"; {run / PROMPT} the soft prompt" if prompt is not None else ""
     commands = [f"ftkit eval {run}"]
     if method.merge_refusal is None:
         commands += [f"ftkit merge {run}"]
     commands += [f"ftkit export {run} --format {'hf' if method.name == 'full' else 'adapter'}"]
-    return Result(target, f"{target} holds the weights of {which}, {size}", tuple(commands))
+    return Result(target, f"{target} holds the weights of {which}, {size}{beside}", tuple(commands))
+
+
+@contextmanager
+def _publishing(source: Path, run: Path) -> Iterator[Path]:
+    """A copy of `source` under a temporary name in the run's directory, which gets its own name at the end."""
+    staging, target = run / f".staging-{source.name}", run / source.name
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.copytree(source, staging)
+        yield staging
+        flush(staging)
+        if target.exists():
+            # Only a run that was interrupted between this rename and its end has one already.
+            shutil.rmtree(target)
+        staging.rename(target)
+        flush_entry(run)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _finish_model(directory: Path, base: Path, not_loaded: Iterable[str] | None) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ftkit.console import Console
 from ftkit.distributed import World, whole
 from ftkit.methods.base import Method
+from ftkit.methods.beside import state_beside
 from ftkit.methods.files import BaseIdentity
 from ftkit.runs import CHECKPOINTS, MetricsFile
 from ftkit.training.checkpoint import checkpoint_name, optimizer_tensors, random_tensors, rotate, write_checkpoint
@@ -39,9 +40,10 @@ class Saver:
         """Write `state` with weights, optimizer and generators. A collective: every process must call it."""
         state.metrics_lines = self.world.broadcast(self.metrics.lines)
         weights = self.method.trained_state(self.model, gather=self._for_writer)
+        prompt = state_beside(self.model, self.prepared.recipe.method, gather=self._for_writer)
         moments = optimizer_tensors(self.optimizer, self.parameters, keep=self.world.is_main)
         random = random_tensors(self.world)
-        self.world.on_main(lambda: self._write(state, weights, moments, random))
+        self.world.on_main(lambda: self._write(state, weights, prompt, moments, random))
 
     def _for_writer(self, shard: Tensor) -> Tensor:
         """The whole tensor on the CPU of the process that writes: no device and no other process holds all of them."""
@@ -52,6 +54,7 @@ class Saver:
         self,
         state: LoopState,
         weights: Mapping[str, Tensor],
+        prompt: Mapping[str, Tensor],
         moments: Mapping[str, Tensor],
         random: Mapping[str, Tensor],
     ) -> None:
@@ -60,7 +63,7 @@ class Saver:
             directory,
             state.step,
             write_weights=lambda staging: write_weights(
-                staging, self.model, self.method, self.prepared, self.identity, weights
+                staging, self.model, self.method, self.prepared, self.identity, weights, prompt
             ),
             optimizer=moments,
             random=random,
