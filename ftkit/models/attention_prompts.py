@@ -132,6 +132,7 @@ def _positions(tokens: Tensor, kwargs: dict[str, Any]) -> Tensor:
     length, mask = tokens.shape[1], kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return (mask.long().cumsum(-1) - 1).clamp_min(0)[:, -length:]
-    cache = kwargs.get("past_key_values")
+    # The name of the keyword has changed in transformers 5.
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))
     past = 0 if cache is None else cache.get_seq_length()
     return torch.arange(past, past + length, device=tokens.device)[None]
