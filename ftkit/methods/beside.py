@@ -15,6 +15,7 @@ from ftkit.methods import soft_prompt
 from ftkit.methods.base import Gather
 from ftkit.methods.files import CONFIG_NAME, BaseIdentity, read_adapter
 from ftkit.methods.prompt_files import ROWS, SOFT_PROMPT
+from ftkit.recipe.method_schema import AdapterMethod, LoraMethod
 from ftkit.recipe.section import Section
 
 DIRECTORY = "prompt"
@@ -23,8 +24,7 @@ KEY = ("method", "soft_prompt")
 
 def prompt_length(section: Section) -> int | None:
     """How long a prompt the method is to have beside it; None: it has none."""
-    length: int | None = getattr(section, "soft_prompt", None)
-    return length
+    return section.soft_prompt if isinstance(section, LoraMethod | AdapterMethod) else None
 
 
 def insert_beside(model: PreTrainedModel, section: Section, *, seed: int, begin: Path | None) -> None:
@@ -57,10 +57,10 @@ def state_beside(model: PreTrainedModel, section: Section, *, gather: Gather | N
 
 def notes_beside(section: Section) -> tuple[str, ...]:
     """What the user should know of the prompt."""
-    if (length := prompt_length(section)) is None:
+    if not isinstance(section, LoraMethod | AdapterMethod) or section.soft_prompt is None:
         return ()
-    ratio = section.model_dump()["soft_prompt_learning_rate_ratio"]
-    return (f"a soft prompt of {length} vectors trains besides, at {ratio:g} times the learning rate",)
+    ratio = section.soft_prompt_learning_rate_ratio
+    return (f"a soft prompt of {section.soft_prompt} vectors trains besides, at {ratio:g} times the learning rate",)
 
 
 def save_beside(model: PreTrainedModel, parent: Path, identity: BaseIdentity, state: Mapping[str, Tensor]) -> Path:

@@ -90,6 +90,10 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
         {"chat_template": "messages", "openai": "messages", "chatml": "messages", "completion": "text"}
     ),
     "method": adapter_preset,
+    "method.type": choices(
+        {"prompt_tuning": "soft_prompt", "prefix_tuning": "prefix", "p_tuning_v2": "prefix"}
+        | {"adaption_prompt": "llama_adapter"}
+    ),
     "method.non_linearity": non_linearity,
     "method.init": initialisation,
     "method.targets": choices({"all_linear": "all-linear"}),
@@ -104,8 +108,8 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 _8BIT = "write adamw; its state takes 8 bytes a trained parameter"
 LATER_VALUES: dict[str, dict[Any, str]] = {
     "method.type": {
-        "qlora": "write lora, with model.dtype: bfloat16",
-        **dict.fromkeys(("prefix", "soft_prompt", "prompt_tuning", "ia3", "oft", "freeze"), "write lora"),
+        "qlora": "write lora, and set model.quantization: nf4",
+        **dict.fromkeys(("ia3", "oft", "freeze"), "write lora"),
         "dora": "write lora, and set method.dora: true",
     },
     "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),

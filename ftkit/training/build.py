@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,27 +130,19 @@ def build(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     # 4. Optimizer, the state of the checkpoint, and how the next ones are written.
-    optimizer = make_optimizer(
-        parameters, recipe.training, lambda name: method.learning_rate_factor(name, recipe.method)
-    )
+    optimizer = make_optimizer(parameters, recipe.training, partial(_rate_factor, recipe))
     state = LoopState.fresh(len(plan.dataset_names))
     if checkpoint is not None:
         state = _restore(checkpoint, optimizer, parameters, world)
     save = Saver(prepared, world, console, metrics, run, method, model, identity, optimizer, parameters)
 
-    max_tokens = tokens_per_device(recipe, world.device)
+    max_tokens, pad, before = tokens_per_device(recipe, world.device), pad_id(prepared.tokenizer), prompt_ids(model)
+    feed = Feed(plan, world, max_tokens, packed=isolation.packed, pad_id=pad, prompt_ids=before)
     loop = Loop(
         section=recipe.training,
         plan=plan,
         world=world,
-        feed=Feed(
-            plan,
-            world,
-            max_tokens,
-            packed=isolation.packed,
-            pad_id=pad_id(prepared.tokenizer),
-            prompt_ids=prompt_ids(model),
-        ),
+        feed=feed,
         objective=root,
         parameters=parameters,
         optimizer=optimizer,
@@ -199,6 +192,11 @@ def _set_for_training(model: PreTrainedModel, recipe: Recipe, *, compute_in_dtyp
         model.activation_checkpointing_enable({"use_reentrant": False})
     # Not used in training; transformers would refuse to save some that models ship. Ours is written beside.
     model.generation_config = GenerationConfig()
+
+
+def _rate_factor(recipe: Recipe, name: str) -> float:
+    """What the learning rate of a parameter is multiplied by."""
+    return METHODS[recipe.method.type].learning_rate_factor(name, recipe.method)
 
 
 def _restore(

@@ -100,12 +100,14 @@ WRONG_VALUES = {
     ),
 }
 
+CHOICES = "full, lora, adapter, soft_prompt, prefix, llama_adapter"
+
 METHODS = {
     "type: lorra": "type: unknown method, the text 'lorra'; did you mean lora?",
-    "type: magic": "type: unknown method, the text 'magic'; choose one of full, lora, adapter",
-    "type: [lora]": "type: unknown method, a list; choose one of full, lora, adapter",
-    "type: qlora": "type: the method qlora is not in this version; write lora, with model.dtype: bfloat16",
-    "rank: 8": "type: required key is missing; choose one of full, lora, adapter",
+    "type: magic": f"type: unknown method, the text 'magic'; choose one of {CHOICES}",
+    "type: [lora]": f"type: unknown method, a list; choose one of {CHOICES}",
+    "type: qlora": "type: the method qlora is not in this version; write lora, and set model.quantization: nf4",
+    "rank: 8": f"type: required key is missing; choose one of {CHOICES}",
     "type: full, rank: 8": "rank: no key of this method; it belongs to lora; remove it, or change method.type",
     "type: lora, rnak: 8": "rnak: unknown key; did you mean rank?",
     "type: lora, rank: 8.5": "rank: expected a whole number above 0, got the number 8.5",

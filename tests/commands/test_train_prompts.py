@@ -1,0 +1,146 @@
+"""Whole runs of prompts and prefixes, alone and beside a LoRA or bottleneck adapters."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftkit.commands.eval import evaluate
+from ftkit.commands.export import export
+from ftkit.commands.merge import merge
+from ftkit.commands.plan import plan
+from ftkit.commands.train import train
+from ftkit.errors import UserError
+from tests.tiny_runs import losses, read_metrics, result_hash, write_recipe
+
+ALONE = {
+    "soft_prompt": "method={type: soft_prompt, num_virtual_tokens: 6, init_text: Say what begins it}",
+    "prefix": "method={type: prefix, num_virtual_tokens: 6}",
+    "llama_adapter": "method={type: llama_adapter, num_virtual_tokens: 6, num_layers: 2}",
+}
+BESIDE = {
+    "lora": "method={type: lora, rank: 4, alpha: 8, soft_prompt: 6, soft_prompt_learning_rate_ratio: 5}",
+    "adapter": "method={type: adapter, bottleneck: 8, soft_prompt: 6, soft_prompt_learning_rate_ratio: 5}",
+}
+every_method = pytest.mark.parametrize("method", [*ALONE, *BESIDE])
+
+
+def section(method: str) -> str:
+    return (ALONE | BESIDE)[method]
+
+
+def evaluations(run) -> list[float]:
+    return [line["eval_loss"] for line in read_metrics(run) if line.get("event") == "eval"]
+
+
+def measured(target, output, **options) -> float:
+    """Mean loss of the validation rows, as `eval` finds it."""
+    evaluate(str(target), output=output, no_compare=True, **options)
+    results = json.loads(output.read_text())["results"]
+    (perplexity,) = (result["score"] for result in results if result["metric"] == "perplexity")
+    return math.log(perplexity)
+
+
+@every_method
+def test_a_run_learns_goes_on_in_the_same_bits_and_is_measured(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, run = write_recipe(tmp_path, learning_rate=3e-2), tmp_path / "runs" / "recipe-1"
+    train(recipe, [section(method)])
+    values, before, found = losses(run), result_hash(run), evaluations(run)
+    assert found[-1] < found[0]
+    train(recipe, [section(method)], checkpoint=run / "checkpoints" / "step-00000003")
+    assert (losses(run), result_hash(run), evaluations(run)) == (values, before, found)
+    assert measured(run, tmp_path / "results.json") == pytest.approx(min(found), abs=1e-4)
+
+
+@every_method
+def test_budget_packing_and_checkpointing_do_not_change_the_losses(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path)
+    for overrides in ([], ["data.packing=off", "training.max_tokens_per_device=128"]):
+        train(recipe, [section(method), *overrides])
+    train(recipe, [section(method), "training.gradient_checkpointing=true"])
+    expected, *others = [losses(tmp_path / "runs" / f"recipe-{number}") for number in (1, 2, 3)]
+    for values in others:
+        assert values == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_adapter_and_prompt_are_loaded_together_and_alone(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe, run = write_recipe(tmp_path, learning_rate=3e-2), tmp_path / "runs" / "recipe-1"
+    train(recipe, [section(method)])
+    printed = capsys.readouterr().out
+    assert "a soft prompt of 6 vectors trains besides, at 5 times the learning rate" in printed
+    (rows,) = load_file(run / "prompt" / "adapter_model.safetensors").values()
+    assert rows.shape == (6, 32)
+    together = measured(run, tmp_path / "both.json")
+    alone = [measured(run / part, tmp_path / f"{part}.json") for part in ("adapter", "prompt")]
+    checkpoint = run / "checkpoints" / "step-00000006"
+    assert measured(checkpoint, tmp_path / "checkpoint.json") == pytest.approx(together, abs=1e-6)
+    assert len({round(loss, 3) for loss in (together, *alone)}) == 3
+
+    export(str(run), format="adapter")
+    for part in ("", "prompt"):
+        assert (run / "export" / part / "adapter_config.json").is_file()
+    # What begins with it takes both, and says so where the recipe asks for one alone.
+    train(recipe, [section(method), "method.init_from=runs/recipe-1", "training.eval_on_start=true"])
+    assert evaluations(tmp_path / "runs" / "recipe-2")[0] == pytest.approx(together, abs=1e-4)
+    for other in ("null", "5"):
+        with pytest.raises(UserError, match="prompt"):
+            train(recipe, [section(method), f"method.soft_prompt={other}", "method.init_from=runs/recipe-1"])
+
+
+def test_the_prompts_beside_learn_at_a_rate_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, rows = write_recipe(tmp_path, max_steps=1, eval_steps=1), []
+    for ratio in ("1e-9", "10"):
+        train(recipe, [BESIDE["lora"], f"method.soft_prompt_learning_rate_ratio={ratio}"])
+        run = tmp_path / "runs" / f"recipe-{len(rows) + 1}"
+        (prompt,) = load_file(run / "checkpoints" / "step-00000001" / "prompt" / "adapter_model.safetensors").values()
+        rows.append(prompt)
+    # AdamW's first step is the learning rate, 1e-2, in every number.
+    assert torch.allclose((rows[1] - rows[0]).abs(), torch.full_like(rows[0], 0.1), rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ALONE)
+def test_prompts_are_not_merged_but_handed_over(method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe, run = write_recipe(tmp_path), tmp_path / "runs" / "recipe-1"
+    train(recipe, [section(method)])
+    with pytest.raises(UserError, match="cannot be merged"):
+        merge([str(run)])
+    export(str(run), format="adapter")
+    assert measured(run / "export", tmp_path / "e.json", suite=_suite(tmp_path)) > 0
+
+
+def _suite(directory):
+    path = directory / "suite.yaml"
+    path.write_text("tasks:\n  - {name: rows, path: rows.jsonl, format: alpaca, metric: perplexity, limit: 4}\n")
+    return path
+
+
+@every_method
+def test_the_plan_counts_what_the_run_trains(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path)
+    plan(recipe, [section(method)], json=True)
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    train(recipe, [section(method)])
+    line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("method "))
+    assert f"trains {planned['trainable_parameters']:,} of {planned['parameters']:,} parameters" in line
+
+
+def test_positions_that_there_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, architecture="gpt2")
+    with pytest.raises(UserError, match=r"500 virtual tokens and examples of up to \d+ tokens do not fit into 512 pos"):
+        train(recipe, ["method={type: prefix, num_virtual_tokens: 500}"])
+
+
+def test_another_attention_knows_no_prompts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"sdpa knows nothing of the prompts that method\.type: prefix trains"):
+        train(write_recipe(tmp_path), [ALONE["prefix"], "model.attn_implementation=sdpa"])
