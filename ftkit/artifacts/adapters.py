@@ -69,6 +69,11 @@ def lora_of(target: Target) -> Path:
     kind = read_json(target.adapter / ADAPTER_CONFIG_NAME).get("peft_type")
     if kind != LORA:
         raise UserError(f"{target.adapter}: {method_of(target.adapter).merge_refusal}")
+    if target.prompt is not None:
+        raise UserError(
+            f"{target.label}: the LoRA trained with a soft prompt, which no weight of the model can hold",
+            how=f"merge {target.adapter}, the LoRA alone, and put {target.prompt} before what the merged model reads",
+        )
     return target.adapter
 
 

@@ -139,7 +139,7 @@ def publish_result(
     size = human_bytes(sum(path.stat().st_size for path in target.glob("*.safetensors")))
     beside = f"; {run / PROMPT} the soft prompt" if prompt is not None else ""
     commands = [f"ftkit eval {run}"]
-    if method.merge_refusal is None:
+    if method.merge_refusal is None and prompt is None:
         commands += [f"ftkit merge {run}"]
     commands += [f"ftkit export {run} --format {'hf' if method.name == 'full' else 'adapter'}"]
     return Result(target, f"{target} holds the weights of {which}, {size}{beside}", tuple(commands))

@@ -116,6 +116,18 @@ def test_prompts_are_not_merged_but_handed_over(method, tmp_path, monkeypatch):
     assert measured(run / "export", tmp_path / "e.json", suite=_suite(tmp_path)) > 0
 
 
+def test_a_lora_is_not_merged_without_the_prompt_that_it_trained_with_unless_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe, run = write_recipe(tmp_path), tmp_path / "runs" / "recipe-1"
+    train(recipe, [section("lora")])
+    assert "ftkit merge" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="trained with a soft prompt") as caught:
+        merge([str(run)])
+    assert str(run / "adapter") in str(caught.value)
+    merge([str(run / "adapter")])
+    assert (run / "merged" / "merge_report.json").is_file()
+
+
 def _suite(directory):
     path = directory / "suite.yaml"
     path.write_text("tasks:\n  - {name: rows, path: rows.jsonl, format: alpaca, metric: perplexity, limit: 4}\n")

@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from ftkit.cli import run
 from ftkit.evaluation.contestants import load_contestants
+from ftkit.models.attention import attend_to_prompts
 from ftkit.models.load import choose_compute_dtype
+from ftkit.models.soft_prompt import prompt_ids
 from ftkit.runs import find_target
 from ftkit.training.loop import Loop
 from ftkit.training.state import LoopState
@@ -24,10 +26,13 @@ INPUT_IDS = torch.arange(250)[None, ::5]
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
-    """Float32 [1, T, V]."""
-    # ftkit's own attention, which a training may use, wants the bounds of documents.
+    """Float32 [1, T, V], of the tokens after a soft prompt."""
+    # Attention of packed rows, which a training may use, wants the bounds of documents; this one wants none.
     model.set_attn_implementation("sdpa")
-    return model.eval()(input_ids=INPUT_IDS, use_cache=False).logits.float()
+    attend_to_prompts(model)
+    before = torch.tensor([prompt_ids(model)], dtype=INPUT_IDS.dtype)
+    ids = torch.cat([before, INPUT_IDS], dim=1)
+    return model.eval()(input_ids=ids, use_cache=False).logits[:, before.shape[1] :].float()
 
 
 def train(file: Path, arguments: list[str]) -> int:

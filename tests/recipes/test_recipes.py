@@ -20,13 +20,20 @@ STEPS = 60
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 """Of logits, as a share of the largest; a recipe computes in what suits the machine."""
 ON_ONE_CPU = [path for path in RECIPES if path.name not in ("fsdp.yaml", "flan_mixture.yaml")]
+SMALLER = {"llama_adapter": "method.num_layers=2 training.learning_rate=3e-2".split()}
+"""What a recipe wants changed for a model of two layers."""
 
 
 def test_recipes_were_found():
     assert {path.name for path in RECIPES} == {
         "lora.yaml",
         "full.yaml",
+        "qlora.yaml",
         "bottleneck.yaml",
+        "soft_prompt.yaml",
+        "prefix.yaml",
+        "llama_adapter.yaml",
+        "lora_soft_prompt.yaml",
         "fsdp.yaml",
         "flan_mixture.yaml",
         "recipe.yaml",
@@ -68,6 +75,7 @@ def test_a_recipe_learns_and_its_last_step_loads_in_a_fresh_process(path, tmp_pa
     rows = write_rows(tmp_path / "rows.jsonl", 400)
     run = tmp_path / "run"
     overrides = [f"base_model={base}", f"data.train.0.path={rows}", f"training.max_steps={STEPS}", f"output_dir={run}"]
+    overrides += SMALLER.get(path.stem, [])
     live = logits("live", tmp_path, "train", path, *overrides)
     values = losses(run)
     fifth = len(values) // 5
