@@ -18,9 +18,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from ftkit import options
 from ftkit.errors import FtkitError, UserError
 from ftkit.failures import LATER_VERBS, interrupted, known_failure, usage_error
-from ftkit.options import Base, Dtype, Json, Offline, OntoStored, Overrides, Overwrite, RecipeFile, RemoteCode, Target
 
 
 class Verbs(TyperGroup):
@@ -72,24 +72,18 @@ def _top(
 
 @app.command()
 def train(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
+    recipe: options.RecipeFile,
+    overrides: options.Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run of this recipe.")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on from this checkpoint.")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan the run, like `ftkit plan`.")] = False,
-    offline: Offline = False,
-    num_processes: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Processes on this machine; default one for each visible GPU."),
-    ] = None,
-    launch_config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Accelerate's file that says where to run: machines, processes, addresses."),
-    ] = None,
-    trust_remote_code: RemoteCode = False,
+    offline: options.Offline = False,
+    num_processes: options.NumProcesses = None,
+    launch_config: options.LaunchConfig = None,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Fine-tune a model as RECIPE says, into a new run directory."""
     from ftkit.commands.train import train as command
@@ -110,29 +104,31 @@ def train(
 
 @app.command()
 def plan(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    json: Json = False,
-    offline: Offline = False,
-    trust_remote_code: RemoteCode = False,
+    recipe: options.RecipeFile,
+    overrides: options.Overrides = None,
+    model_only: options.ModelOnly = False,
+    json: options.Json = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Show what RECIPE will do and need, without loading weights."""
     from ftkit.commands.plan import plan as command
 
-    command(recipe, overrides or [], json=json, offline=offline, trust_remote_code=trust_remote_code)
+    common = {"offline": offline, "trust_remote_code": trust_remote_code}
+    command(recipe, overrides or [], model_only=model_only, json=json, **common)
 
 
 @app.command()
 def preview(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
+    recipe: options.RecipeFile,
+    overrides: options.Overrides = None,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Only this data set.")] = None,
     row: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only this row, counted from 0.")] = None,
     dropped: Annotated[bool, typer.Option("--dropped", help="The rows that were left out, with the reasons.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line: ids, labels, text.")] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="Examples of each data set.")] = None,
-    offline: Offline = False,
-    trust_remote_code: RemoteCode = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Show what the model will see: tokens, which of them are trained on, what was dropped and why."""
     from ftkit.commands.preview import preview as command
@@ -156,11 +152,11 @@ def merge(
         list[str],
         typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; weight 0.5 adds half, -1 subtracts."),
     ],
-    base: Base = None,
+    base: options.Base = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/merged, for one adapter.")
     ] = None,
-    dtype: Dtype = None,
+    dtype: options.Dtype = None,
     proof: Annotated[
         str,
         typer.Option(
@@ -168,10 +164,10 @@ def merge(
             help="Compare logits of two whole models, outputs of one module after another, or nothing but the files.",
         ),
     ] = "full",
-    overwrite: Overwrite = False,
-    onto_stored: OntoStored = False,
-    offline: Offline = False,
-    trust_remote_code: RemoteCode = False,
+    overwrite: options.Overwrite = False,
+    onto_stored: options.OntoStored = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Fold LoRA into the base model's weights, or take it off again, and prove the result."""
     from ftkit.commands.merge import merge as command
@@ -191,7 +187,7 @@ def merge(
 
 @app.command(name="eval")
 def evaluate(
-    target: Target,
+    target: options.Target,
     suite: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Tasks to measure; default the run's validation rows.")
     ] = None,
@@ -201,8 +197,8 @@ def evaluate(
     no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not compare a run with its base.")] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many rows a task.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the results as JSON.")] = None,
-    offline: Offline = False,
-    trust_remote_code: RemoteCode = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Measure a model, side by side with what it was tuned from."""
     from ftkit.commands.eval import evaluate as command
@@ -221,16 +217,16 @@ def evaluate(
 
 @app.command()
 def export(
-    target: Target,
+    target: options.Target,
     format: Annotated[
         str,
         typer.Option(metavar="FORMAT", help="hf: a directory for transformers and servers; adapter: peft's files."),
     ],
     output: Annotated[Path | None, typer.Option(metavar="PATH", help="Default RUN/export.")] = None,
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
-    offline: Offline = False,
-    trust_remote_code: RemoteCode = False,
+    dtype: options.Dtype = None,
+    overwrite: options.Overwrite = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Write a model in the form that other tools read."""
     from ftkit.commands.export import export as command
@@ -252,18 +248,18 @@ def inspect(
     other: Annotated[
         str | None, typer.Argument(metavar="[OTHER]", help="A second adapter: which directions do they share?")
     ] = None,
-    base: Base = None,
+    base: options.Base = None,
     left: Annotated[
         bool, typer.Option("--left", help="With OTHER: the directions that updates write to (B), not read (A).")
     ] = False,
     modules: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only these, e.g. q_proj; may be repeated.")
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw a heat map.")] = None,
-    overwrite: Overwrite = False,
-    offline: Offline = False,
-    trust_remote_code: RemoteCode = False,
+    overwrite: options.Overwrite = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
 ) -> None:
     """Show what training changed: singular values, ranks, sizes; or what two adapters share."""
     from ftkit.commands.inspect import inspect as command

@@ -188,6 +188,11 @@ def human_count(count: int) -> str:
     return f"{count:,}"
 
 
+def human_share(share: float) -> str:
+    """0.035 -> "3.50%", 0.000108 -> "0.0108%"."""
+    return f"{100 * share:.2f}%" if share >= 0.01 or share == 0 else f"{100 * share:.3g}%"
+
+
 def human_seconds(seconds: float) -> str:
     """3725 -> "1h 02m"."""
     if seconds < 90:

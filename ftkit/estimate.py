@@ -11,7 +11,7 @@ from ftkit.methods.table import METHODS
 from ftkit.models.load import choose_compute_dtype, stored_quantization
 from ftkit.models.multimodal import auto_class
 from ftkit.models.quantization import quantize
-from ftkit.training.prepare import Prepared, apply_method
+from ftkit.training.prepare import Prepared, PreparedModel, apply_method
 
 ADAMW_MOMENTS = 2
 """float32 tensors that AdamW keeps of each trained parameter."""
@@ -26,10 +26,15 @@ class Memory:
     gradients: int
     optimizer: int
 
+    @property
+    def total(self) -> int:
+        """Of all three."""
+        return self.weights + self.gradients + self.optimizer
+
 
 @dataclass(frozen=True)
-class Estimate:
-    """What `ftkit plan` prints."""
+class ModelEstimate:
+    """What a model and a method come to, whatever the data."""
 
     parameters: int
     """Of the model, inserted ones included."""
@@ -37,6 +42,18 @@ class Estimate:
     places: tuple[str, ...]
     """Where the method inserted modules, in words."""
     memory_bytes: Memory
+    result_bytes: int
+    """On disk, of what is handed over."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Estimate(ModelEstimate):
+    """What `ftkit plan` prints."""
+
     optimizer_steps: int
     tokens: int
     """That run through the model in training, over all epochs."""
@@ -45,36 +62,43 @@ class Estimate:
     disk_bytes: int
     """Of the result and the checkpoints that are kept."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def estimate(prepared: Prepared, device: torch.device) -> Estimate:
-    """Measure a run without loading a weight: the model is built on the meta device.
+    """Measure a run without loading a weight.
 
     Raises:
         UserError: the method finds no place in the model.
     """
-    counts, plan, training = _count(prepared, device), prepared.plan, prepared.recipe.training
-    weights = sum(part.bytes for part in counts.precision)
-    state = counts.trainable_parameters * FLOAT32_BYTES
-    checkpoint = state * (1 + ADAMW_MOMENTS)
-    # The checkpoints of `save_total_limit`, the best one, and the result.
-    disk = checkpoint * (training.save_total_limit + 1) + counts.saved_bytes
+    model, plan, training = estimate_model(prepared, device), prepared.plan, prepared.recipe.training
+    checkpoint = model.trainable_parameters * FLOAT32_BYTES * (1 + ADAMW_MOMENTS)
     return Estimate(
-        parameters=counts.total_parameters,
-        trainable_parameters=counts.trainable_parameters,
-        places=counts.places,
-        memory_bytes=Memory(weights, state, state * ADAMW_MOMENTS),
+        **vars(model),
         optimizer_steps=len(plan.steps),
         tokens=plan.num_tokens,
         target_tokens=sum(plan.targets_per_step),
-        disk_bytes=disk,
+        # The checkpoints of `save_total_limit`, the best one, and the result.
+        disk_bytes=checkpoint * (training.save_total_limit + 1) + model.result_bytes,
     )
 
 
-def _count(prepared: Prepared, device: torch.device) -> Report:
+def estimate_model(prepared: PreparedModel, device: torch.device) -> ModelEstimate:
+    """Count a model's parameters and their bytes: it is built on the meta device, as large as it may be.
+
+    Raises:
+        UserError: the method finds no place in the model.
+    """
+    counts = _count(prepared, device)
+    state = counts.trainable_parameters * FLOAT32_BYTES
+    return ModelEstimate(
+        parameters=counts.total_parameters,
+        trainable_parameters=counts.trainable_parameters,
+        places=counts.places,
+        memory_bytes=Memory(sum(part.bytes for part in counts.precision), state, state * ADAMW_MOMENTS),
+        result_bytes=counts.saved_bytes,
+    )
+
+
+def _count(prepared: PreparedModel, device: torch.device) -> Report:
     recipe = prepared.recipe
     method = METHODS[recipe.method.type]
     compute_dtype, _ = choose_compute_dtype(recipe.model.dtype, device)

@@ -39,3 +39,14 @@ Dtype = Annotated[
         metavar="float32|bfloat16|float16", help="Precision of the written weights; default as the base stores them."
     ),
 ]
+NumProcesses = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Processes on this machine; default one for each visible GPU.")
+]
+LaunchConfig = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Accelerate's file that says where to run: machines, processes, addresses."),
+]
+ModelOnly = Annotated[
+    bool,
+    typer.Option("--model-only", help="Only model and method, from the base's configuration; no data, no weights."),
+]

@@ -86,7 +86,7 @@ def test_train_passes_everything_on(calls: list[Any]) -> None:
 
 def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     common = ["--offline", "--trust-remote-code"]
-    assert run(["plan", "r.yaml", "a=b", "--json", *common]) == 0
+    assert run(["plan", "r.yaml", "a=b", "--model-only", "--json", *common]) == 0
     merge = ["merge", "A:-1", "B", "--base", "M", "--output", "o", "--dtype", "bfloat16", "--proof", "modules"]
     assert run([*merge, "--overwrite", "--onto-stored", *common]) == 0
     evaluate = ["eval", "T", "--suite", "s", "--compare", "a", "--compare", "b", "--no-compare", "--limit", "3"]
@@ -97,7 +97,7 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     assert run([*inspection, "--output", "o.svg", "--overwrite", *common]) == 0
     on = {"offline": True, "trust_remote_code": True}
     assert calls == [
-        ("plan", (Path("r.yaml"), ["a=b"]), {"json": True, **on}),
+        ("plan", (Path("r.yaml"), ["a=b"]), {"model_only": True, "json": True, **on}),
         (
             "merge",
             (["A:-1", "B"],),

@@ -113,8 +113,8 @@ def copy_matching(source: Path, target: Path, patterns: Sequence[str]) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def check_model_directory(directory: Path, *, key: KeyPath = ()) -> None:
-    """Check that `directory` holds a configuration and all of its weights.
+def check_model_directory(directory: Path, *, key: KeyPath = (), weights: bool = True) -> None:
+    """Check that `directory` holds a configuration and all of its weights, which may be missing without `weights`.
 
     Raises:
         UserError: what is missing, and where the model might be.
@@ -128,7 +128,8 @@ def check_model_directory(directory: Path, *, key: KeyPath = ()) -> None:
             how="move the adapter's files to a directory of their own",
             key=key,
         )
-    weight_files(directory, key=key)
+    if weights:
+        weight_files(directory, key=key)
 
 
 def _instead_of(directory: Path) -> str:

@@ -62,8 +62,9 @@ def find_base(
     base: Path,
     offline: bool = False,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> BaseModel:
-    """Find the base model and check that its configuration and weights can be had.
+    """Find the base model and check that its configuration and, unless told otherwise, its weights can be had.
 
     A path that exists (relative to `base`, the recipe's directory) wins over a hub id; `hf://org/name` forces the hub.
     A .gguf file is converted into the user's cache and is a directory from then on.
@@ -73,7 +74,8 @@ def find_base(
             that `model.quantization` needs is missing.
         NetworkError: the hub cannot be reached.
     """
-    check_available(section.quantization)
+    if weights:
+        check_available(section.quantization)
     path = (base / Path(base_model).expanduser()).absolute()
     if base_model.startswith(HUB_PREFIX) or not path.exists():
         if not base_model.startswith(HUB_PREFIX) and looks_like_path(base_model):
@@ -102,7 +104,7 @@ def find_base(
             how = "name its directory, or a .gguf file"
             raise UserError(f"{path} is a file, not a model directory", how=how, key=BASE_KEY)
         path = convert_gguf(path, key=BASE_KEY)
-    check_model_directory(path, key=BASE_KEY)
+    check_model_directory(path, key=BASE_KEY, weights=weights)
     return BaseModel(base_model, path=path, trust_remote_code=trust_remote_code, quantization=section.quantization)
 
 

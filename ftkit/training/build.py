@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ftkit.console import Console, human_bytes, human_count
+from ftkit.console import Console, human_bytes, human_count, human_share
 from ftkit.distributed import World
 from ftkit.methods.base import Method, Report, report
 from ftkit.methods.beside import notes_beside, prompt_beside, state_beside
@@ -57,10 +57,9 @@ class Built:
     def print(self, console: Console) -> None:
         """The header of a run: what trains, in which precision, how documents share a row."""
         r = self.report
-        console.line(
-            f"method     {self.method.name}: trains {human_count(r.trainable_parameters)} of "
-            f"{human_count(r.total_parameters)} parameters ({100 * r.share:.2f}%), {human_bytes(r.saved_bytes)} on disk"
-        )
+        trains = f"{human_count(r.trainable_parameters)} of {human_count(r.total_parameters)} parameters"
+        saved = human_bytes(r.saved_bytes)
+        console.line(f"method     {self.method.name}: trains {trains} ({human_share(r.share)}), {saved} on disk")
         if r.places:
             console.line(f"places     {', '.join(r.places)}")
         console.line(f"precision  {self.precision}")

@@ -28,28 +28,39 @@ from ftkit.recipe.schema import Recipe
 from ftkit.runs import ADAPTER
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run that is planned to the last step, before any weight is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """A model and what is to train in it, before any weight is loaded."""
 
     recipe: Recipe
     base: BaseModel
     config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    template: ChatTemplate
-    plan: Plan
-    new_token_ids: tuple[int, ...]
+    new_token_ids: tuple[int, ...] = ()
     """Of the tokens that the recipe added."""
-    init_from: Path | None
+    init_from: Path | None = None
     """Directory of the adapter that training begins with."""
     prompt_text_ids: tuple[int, ...] = ()
     """Tokens of the text that a soft prompt starts from."""
 
+    @property
+    def title(self) -> str:
+        """Name, commit and architecture of the base."""
+        commit = f" at {self.base.revision[:12]}" if self.base.revision else ""
+        return f"{self.base.name}{commit} ({self.config.model_type})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(PreparedModel):
+    """A run that is planned to the last step."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    plan: Plan
+
     def print(self, console: Console) -> None:
         """What the run is made of: base, mixture, steps."""
         plan = self.plan
-        name = self.base.name + (f" at {self.base.revision[:12]}" if self.base.revision else "")
-        console.line(f"base       {name} ({self.config.model_type})")
+        console.line(f"base       {self.title}")
         console.table(mixture_table(plan))
         for counts in plan.counts:
             for why, rows in counts.dropped.items():
@@ -98,13 +109,7 @@ def prepare(
         FtkitError: the base cannot be had (before any data is read), the data is bad or empty, the template is refused.
     """
     recipe = loaded.recipe
-    base = find_base(
-        recipe.base_model,
-        recipe.model,
-        base=loaded.directory(("base_model",)),
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    base = _find_base(loaded, offline=offline, trust_remote_code=trust_remote_code)
     config, init_from = load_config(base), _initial_adapter(loaded, needed=begins)
     tokenizer = recipe_tokenizer(recipe.model, base, config, directory=loaded.directory(("model", "tokenizer")))
     new_token_ids = add_tokens(tokenizer, recipe.model)
@@ -117,10 +122,36 @@ def prepare(
     text = recipe.method.init_text if recipe.method.type == "soft_prompt" else None
     text_ids = () if text is None else tuple(tokenizer.encode(text, add_special_tokens=False))
     _check_positions(recipe, config, plan)
-    return Prepared(recipe, base, config, tokenizer, template, plan, new_token_ids, init_from, text_ids)
+    return Prepared(
+        recipe=recipe,
+        base=base,
+        config=config,
+        new_token_ids=new_token_ids,
+        init_from=init_from,
+        prompt_text_ids=text_ids,
+        tokenizer=tokenizer,
+        template=template,
+        plan=plan,
+    )
 
 
-def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
+def prepare_model(loaded: LoadedRecipe, *, offline: bool, trust_remote_code: bool) -> PreparedModel:
+    """What can be known of a run without its data and without the base's weights, which need not be there.
+
+    Raises:
+        FtkitError: the base's configuration cannot be had, or its tokenizer, where the recipe adds tokens.
+    """
+    recipe = loaded.recipe
+    base = _find_base(loaded, offline=offline, trust_remote_code=trust_remote_code, weights=False)
+    config, init_from = load_config(base), _initial_adapter(loaded, needed=True)
+    added: tuple[int, ...] = ()
+    if recipe.model.add_tokens or recipe.model.add_special_tokens:
+        tokenizer = recipe_tokenizer(recipe.model, base, config, directory=loaded.directory(("model", "tokenizer")))
+        added = add_tokens(tokenizer, recipe.model)
+    return PreparedModel(recipe=recipe, base=base, config=config, new_token_ids=added, init_from=init_from)
+
+
+def apply_method(model: PreTrainedModel, prepared: PreparedModel) -> None:
     """Let train what the recipe says, from fresh weights or from those of `method.init_from`.
 
     Raises:
@@ -138,6 +169,17 @@ def apply_method(model: PreTrainedModel, prepared: Prepared) -> None:
             raise _no_adapter(section.init_from)
         continue_from(model, method, section, prepared.init_from)
     insert_beside(model, section, seed=prepared.recipe.seed, begin=prepared.init_from)
+
+
+def _find_base(loaded: LoadedRecipe, *, offline: bool, trust_remote_code: bool, weights: bool = True) -> BaseModel:
+    return find_base(
+        loaded.recipe.base_model,
+        loaded.recipe.model,
+        base=loaded.directory(("base_model",)),
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
+    )
 
 
 def _initial_adapter(loaded: LoadedRecipe, *, needed: bool) -> Path | None:

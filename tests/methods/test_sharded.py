@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ftkit.distributed import whole
 from ftkit.methods.base import report
 from ftkit.models.architecture import describe
-from tests.methods.cases import SECTIONS, applied, loss, method_of, perturb, trained
+from tests.methods.cases import CASES, SECTIONS, applied, loss, method_of, perturb, trained
 
 every_section = pytest.mark.parametrize("case", SECTIONS)
 
@@ -34,8 +34,7 @@ def shard(model: PreTrainedModel, param_dtype: torch.dtype | None = None) -> Pre
     return model
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@every_section
+@pytest.mark.parametrize(("architecture", "case"), [pair for pair in CASES if pair[0] in ("llama", "gpt2")])
 def test_gradients_and_state_equal_the_unsharded_ones(architecture, case):
     plain, sharded = applied(architecture, case), applied(architecture, case)
     for model in (plain, sharded):
