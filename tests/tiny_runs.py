@@ -20,6 +20,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "rank": 4, "alpha": 8},
     "full": {"type": "full"},
     "adapter": {"type": "adapter", "bottleneck": 8},
+    "lora_soft_prompt": {"type": "lora", "rank": 4, "alpha": 8, "soft_prompt": 6, "soft_prompt_learning_rate_ratio": 5},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 6},
+    "llama_adapter": {"type": "llama_adapter", "num_virtual_tokens": 6, "num_layers": 2},
 }
 
 

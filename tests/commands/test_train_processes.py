@@ -14,7 +14,10 @@ from tests.tiny_runs import cli_command, cli_environment, losses, read_metrics, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parallel"),
-    [("lora", "ddp"), ("full", "ddp"), ("full", "fsdp"), ("lora", "fsdp"), ("adapter", "ddp"), ("adapter", "fsdp")],
+    [("lora", "ddp"), ("full", "ddp"), ("full", "fsdp"), ("lora", "fsdp"), ("adapter", "ddp"), ("adapter", "fsdp")]
+    + [
+        (method, parallel) for method in ("lora_soft_prompt", "prefix", "llama_adapter") for parallel in ("ddp", "fsdp")
+    ],
 )
 def test_two_processes_train_like_one(tmp_path, method, parallel):
     recipe = write_recipe(tmp_path, method=method, rows=30)

@@ -19,7 +19,8 @@ from ftkit.models.architecture import describe
 from ftkit.models.attention import NAME, register
 from ftkit.models.objective import Objective
 from ftkit.models.precision import compute_in
-from ftkit.recipe.schema import AdapterMethod, LoraMethod
+from ftkit.models.soft_prompt import prompt_ids
+from ftkit.recipe.schema import AdapterMethod, LlamaAdapterMethod, LoraMethod, PrefixMethod, SoftPromptMethod
 from tests.models.batches import random_examples
 from tests.tiny_models import tiny_model
 
@@ -33,6 +34,9 @@ SECTIONS = {
     "lora": LoraMethod(type="lora", rank=4),
     "adapter": AdapterMethod(type="adapter", bottleneck=4, train_norms=True),
     "adapter, parallel": AdapterMethod(type="adapter", bottleneck=4, insertion="parallel"),
+    "soft_prompt": SoftPromptMethod(type="soft_prompt", num_virtual_tokens=3),
+    "prefix": PrefixMethod(type="prefix", num_virtual_tokens=3),
+    "llama_adapter": LlamaAdapterMethod(type="llama_adapter", num_virtual_tokens=3, num_layers=2),
 }
 
 
@@ -55,8 +59,11 @@ def build(case: dict[str, Any]) -> PreTrainedModel:
     return model.train()
 
 
-def batches(micro_batches: list[list[int]], *, packed: bool) -> list[Batch]:
-    return [collate([EXAMPLES[i] for i in indices], packed=packed, pad_id=0) for indices in micro_batches]
+def batches(model: PreTrainedModel, micro_batches: list[list[int]], *, packed: bool) -> list[Batch]:
+    before = prompt_ids(model)
+    return [
+        collate([EXAMPLES[i] for i in indices], packed=packed, pad_id=0, prompt_ids=before) for indices in micro_batches
+    ]
 
 
 def one_process(case: dict[str, Any], micro_batches: list[list[int]]) -> tuple[dict[str, Tensor], Tensor]:
@@ -65,7 +72,7 @@ def one_process(case: dict[str, Any], micro_batches: list[list[int]]) -> tuple[d
         compute_in(model, case["dtype"])
     objective = Objective(model, num_datasets=2, packed_attention=case["packed"])
     total, sums = sum(example.example.num_targets for example in EXAMPLES), torch.zeros(2)
-    for batch in batches(micro_batches, packed=case["packed"]):
+    for batch in batches(model, micro_batches, packed=case["packed"]):
         losses = objective(batch)
         (losses.loss / total).backward()
         sums += losses.by_dataset
@@ -89,7 +96,7 @@ def worker(rank: int, port: int, case: dict[str, Any], file: Path) -> None:
     else:
         module = world.replicate(objective)
     total, sums = sum(example.example.num_targets for example in EXAMPLES), torch.zeros(2)
-    dealt = batches(case["dealt"][rank], packed=case["packed"])
+    dealt = batches(model, case["dealt"][rank], packed=case["packed"])
     for index, batch in enumerate(dealt):
         with world.gradient_sync(module, sync=index == len(dealt) - 1):
             losses = module(batch)
@@ -143,6 +150,9 @@ CASES = {
     "adapter, parallel, checkpointed": {"method": "adapter, parallel", "checkpointing": True},
     "full, clipped": {"max_norm": 0.1},
     "lora, clipped": {"method": "lora", "max_norm": 0.1},
+    "soft_prompt, a rank without targets": {"method": "soft_prompt", "dealt": NO_TARGETS},
+    "prefix, windows, checkpointed": {"architecture": "gemma3", "method": "prefix", "checkpointing": True},
+    "llama_adapter, a rank without targets": {"method": "llama_adapter", "dealt": NO_TARGETS},
 }
 
 
