@@ -26,9 +26,9 @@ from tempfile import TemporaryDirectory
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.live_tensors import LiveTensors
+from benchmarks.random_llama import random_llama
 from ftkit.console import Console, human_bytes, make_table
 from ftkit.methods import lora
 from ftkit.methods.files import BaseIdentity
@@ -116,21 +116,7 @@ def measure_all(
 
 def make_models(sizes: Sizes, *, dora: bool, dtype: torch.dtype) -> dict[str, nn.Module]:
     """ftkit's model and peft's, on the same random base in `dtype`, with the same float32 factors."""
-    heads = max(1, sizes.width // 64)
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=sizes.width,
-        intermediate_size=sizes.width * 8 // 3,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=sizes.vocabulary,
-        max_position_embeddings=max(2048, sizes.length),
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    torch.manual_seed(0)
-    ours: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    ours = random_llama(width=sizes.width, layers=sizes.layers, vocabulary=sizes.vocabulary, dtype=dtype)
     base = copy.deepcopy(ours)
     section = LoraMethod(type="lora", rank=sizes.rank, alpha=2.0 * sizes.rank, dora=dora)
     lora.apply(ours, section, seed=0)
@@ -146,7 +132,7 @@ def make_models(sizes: Sizes, *, dora: bool, dtype: torch.dtype) -> dict[str, nn
 
 
 def _step(model: nn.Module, ids: Tensor) -> None:
-    model(input_ids=ids, labels=ids).loss.backward()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
 
 def _gradients(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks.live_tensors import Life, LiveTensors
+from benchmarks.random_llama import random_llama
 from ftkit.data.batches import Batch, collate
 from ftkit.data.types import IGNORE, EncodedExample, Example
 from ftkit.methods.table import METHODS
@@ -94,22 +95,11 @@ class ModelFigures:
 def make_model(name: str, sizes: ModelSizes, dtype: torch.dtype) -> PreTrainedModel:
     """A random Llama with the method of that name applied, in ftkit's precision: what trains is float32."""
     register()
-    torch.manual_seed(0)
-    heads = max(1, sizes.width // 64)
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=sizes.width,
-        intermediate_size=sizes.width * 8 // 3,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=sizes.vocabulary,
-        max_position_embeddings=max(2048, sizes.length),
-        tie_word_embeddings=True,
-    )
     section = METHOD_SECTIONS[name]
     base_dtype = torch.float32 if isinstance(section, FullMethod) else dtype
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=base_dtype, attn_implementation=NAME)
+    model = random_llama(
+        width=sizes.width, layers=sizes.layers, vocabulary=sizes.vocabulary, dtype=base_dtype, attention=NAME
+    )
     if section is None:
         model.requires_grad_(False)
     else:

@@ -24,8 +24,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from benchmarks.random_llama import random_llama
 from ftkit.artifacts.adapters import WeightedAdapter
 from ftkit.artifacts.proof import fold
 from ftkit.artifacts.restored import steps_between
@@ -89,11 +90,7 @@ def write_base_and_adapters(
     directory: Path, *, width: int, layers: int, rank: int
 ) -> tuple[BaseModel, list[LoadedAdapter]]:
     """A random model, and two LoRAs of it whose updates are about 2% of the weights."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": width // 64, "num_key_value_heads": width // 64}
-    config = AutoConfig.for_model("llama", **sizes, **heads, vocab_size=4096, tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "base")
+    random_llama(width=width, layers=layers, vocabulary=4096).save_pretrained(directory / "base")
     base = find_base(str(directory / "base"), ModelSection(), base=directory)
     adapters = []
     for seed in (1, 2):

@@ -116,11 +116,13 @@ def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
     return x_NI if keep is None else x_NI * keep.reshape(x_NI.shape)
 
 
-class LoraLinear(nn.Linear):
-    """An `nn.Linear` whose frozen weight keeps its name, with `lora_A` [R, I] and `lora_B` [O, R] beside it."""
+class LoraFactors:
+    """What all layers with a LoRA have beside their frozen weight [O, I], which keeps its name."""
 
     lora_A: nn.Parameter
+    """[R, I]"""
     lora_B: nn.Parameter
+    """[O, R]"""
     lora_A0: nn.Parameter | None
     """Frozen copy of what A was at the start, where B0 A0 is taken off the weight (PiSSA); else None."""
     lora_B0: nn.Parameter | None
@@ -131,39 +133,25 @@ class LoraLinear(nn.Linear):
     lora_dropout: float
     lora_enabled: bool
 
+
+class LoraLinear(LoraFactors, nn.Linear):
+    """An `nn.Linear` with a LoRA."""
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
         return _forward(self, input, transposed=False)
 
 
-class LoraConv1D(Conv1D):
-    """GPT-2's `Conv1D`, whose weight is [I, O], with the same `lora_A` and `lora_B` as `LoraLinear`."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_A0: nn.Parameter | None
-    lora_B0: nn.Parameter | None
-    lora_magnitude: nn.Parameter | None
-    lora_scale: float
-    lora_dropout: float
-    lora_enabled: bool
+class LoraConv1D(LoraFactors, Conv1D):
+    """GPT-2's `Conv1D`, whose weight is [I, O], with a LoRA."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
         return _forward(self, x, transposed=True)
 
 
-class LoraQuantizedLinear(QuantizedLinear):
-    """A linear layer whose frozen weight is quantised, with the same `lora_A` and `lora_B` as `LoraLinear`."""
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_A0: nn.Parameter | None
-    lora_B0: nn.Parameter | None
-    lora_magnitude: nn.Parameter | None
-    lora_scale: float
-    lora_dropout: float
-    lora_enabled: bool
+class LoraQuantizedLinear(LoraFactors, QuantizedLinear):
+    """A linear layer whose frozen weight is quantised, with a LoRA."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., I] -> [..., O]"""
