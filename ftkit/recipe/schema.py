@@ -296,7 +296,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 2e-4, "global_batch_size": 16, "num_train_epochs": 3},
     "adapter": {"learning_rate": 3e-4, "global_batch_size": 16, "num_train_epochs": 3},
     "soft_prompt": {"learning_rate": 3e-2, "global_batch_size": 16, "num_train_epochs": 3},
-    "prefix": {"learning_rate": 5e-3, "global_batch_size": 16, "num_train_epochs": 3},
+    "prefix": {"learning_rate": 1.5e-2, "global_batch_size": 16, "num_train_epochs": 3},
     "llama_adapter": {"learning_rate": 9e-3, "global_batch_size": 16, "num_train_epochs": 3},
 }
 """Training defaults by method. LoRA wants about ten times the learning rate of full tuning, and small batches."""
