@@ -222,7 +222,7 @@ def export(
         str,
         typer.Option(metavar="FORMAT", help="hf: a directory for transformers and servers; adapter: peft's files."),
     ],
-    output: Annotated[Path | None, typer.Option(metavar="PATH", help="Default RUN/export.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/export.")] = None,
     dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
     offline: options.Offline = False,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ftkit.methods.base import Report, report
-from ftkit.methods.beside import state_beside
+from ftkit.methods.beside import notes_beside, state_beside
 from ftkit.methods.table import METHODS
 from ftkit.models.load import choose_compute_dtype, stored_quantization
 from ftkit.models.multimodal import auto_class
@@ -44,6 +44,8 @@ class ModelEstimate:
     memory_bytes: Memory
     result_bytes: int
     """On disk, of what is handed over."""
+    notes: tuple[str, ...]
+    """What the method wants to be known."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -87,7 +89,7 @@ def estimate_model(prepared: PreparedModel, device: torch.device) -> ModelEstima
     Raises:
         UserError: the method finds no place in the model.
     """
-    counts = _count(prepared, device)
+    counts, notes = _count(prepared, device)
     state = counts.trainable_parameters * FLOAT32_BYTES
     return ModelEstimate(
         parameters=counts.total_parameters,
@@ -95,10 +97,11 @@ def estimate_model(prepared: PreparedModel, device: torch.device) -> ModelEstima
         places=counts.places,
         memory_bytes=Memory(sum(part.bytes for part in counts.precision), state, state * ADAMW_MOMENTS),
         result_bytes=counts.saved_bytes,
+        notes=notes,
     )
 
 
-def _count(prepared: PreparedModel, device: torch.device) -> Report:
+def _count(prepared: PreparedModel, device: torch.device) -> tuple[Report, tuple[str, ...]]:
     recipe = prepared.recipe
     method = METHODS[recipe.method.type]
     compute_dtype, _ = choose_compute_dtype(recipe.model.dtype, device)
@@ -110,4 +113,5 @@ def _count(prepared: PreparedModel, device: torch.device) -> Report:
     if (quantization := prepared.base.quantization or stored_quantization(prepared.config)) is not None:
         quantize(model, quantization)
     apply_method(model, prepared)
-    return report(model, method, beside=state_beside(model, recipe.method))
+    counts = report(model, method, beside=state_beside(model, recipe.method))
+    return counts, (*method.notes(model), *notes_beside(recipe.method))

@@ -31,7 +31,7 @@ import torch
 from ftkit.errors import UserError
 from ftkit.lock import refuse_if_locked
 from ftkit.methods.beside import DIRECTORY as PROMPT
-from ftkit.methods.beside import prompt_beside
+from ftkit.methods.beside import prompt_beside, prompt_inside
 from ftkit.methods.files import BaseIdentity, read_quantization
 from ftkit.models.files import read_json
 from ftkit.models.load import BaseModel, find_base
@@ -318,7 +318,7 @@ def find_target(
             # A .gguf file is called by its name, not by that of the directory that it was converted to.
             model = replace(model, name=load_recipe(run / RECIPE).recipe.base_model)
         # An adapter that is named itself goes without the prompt that lies beside it.
-        prompt = prompt_beside(result) if result != path else None
+        prompt = prompt_beside(result) if result != path else prompt_inside(result)
         return Target(text, model, result, result, run, model, prompt)
     if (result / "config.json").is_file():
         tuned_from = None

@@ -72,9 +72,14 @@ def lora_of(target: Target) -> Path:
     if target.prompt is not None:
         raise UserError(
             f"{target.label}: the LoRA trained with a soft prompt, which no weight of the model can hold",
-            how=f"merge {target.adapter}, the LoRA alone, and put {target.prompt} before what the merged model reads",
+            how=_without_prompt(target.adapter, target.prompt),
         )
     return target.adapter
+
+
+def _without_prompt(adapter: Path, prompt: Path) -> str:
+    alone = f"merge {adapter}, the LoRA alone," if prompt.parent != adapter else f"move {prompt} away, merge the rest,"
+    return f"{alone} and put the prompt before what the merged model reads"
 
 
 def common_base(adapters: Sequence[WeightedAdapter]) -> tuple[BaseModel, BaseIdentity]:

@@ -30,7 +30,7 @@ from ftkit.artifacts.updates import (
     on_dequantized,
     sum_updates,
 )
-from ftkit.artifacts.weights import Changes, check_tensors, rewrite
+from ftkit.artifacts.weights import Changes, check_changed, check_tensors, rewrite
 from ftkit.errors import UserError
 from ftkit.methods.base import ComputeDelta
 from ftkit.methods.files import BaseIdentity, read_identity
@@ -172,6 +172,7 @@ def merge(
         # 3. The record, of a proof that failed too.
         report = _report(inputs, directory, proof, changes, whole, modules, restored)
         (directory / REPORT_NAME).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        check_changed(changes, result_dtype)
         if restored is not None:
             check_restored(restored, inputs.contents.passes)
         if whole is not None:

@@ -64,6 +64,7 @@ def compare_with_base(
         held: name of a weight in the files -> what the base was turned into before anything was merged: quantised.
     """
     base = contents.bases[0]
+    name = base.name if contents.quantization is None else f"{base.name} in {contents.quantization}, dequantized"
     if hash_files(weight_files(result)) == base.fingerprint:
         return Restored(base.name, base.fingerprint, True, None, "the weight files are those of the base")
     if original is None:
@@ -78,7 +79,7 @@ def compare_with_base(
         reason = f"{distance.beyond_rounding} values are further off than rounding explains"
     else:
         reason = "rounding: once when the adapter was merged, once when it was subtracted"
-    return Restored(base.name, base.fingerprint, False, distance, reason)
+    return Restored(name, base.fingerprint, False, distance, reason)
 
 
 def check_restored(restored: Restored, passes: int) -> None:

@@ -108,6 +108,18 @@ def check_tensors(
     return Changes(tuple(altered), tuple(zero), tuple(rounded_away))
 
 
+def check_changed(changes: Changes, dtype: torch.dtype) -> None:
+    """Check that a merge of updates that are something has changed something.
+
+    Raises:
+        CheckFailedError: every update is lost in rounding.
+    """
+    if changes.rounded_away and not changes.altered:
+        lost, name = len(changes.rounded_away), str(dtype).removeprefix("torch.")
+        what = f"nothing has changed: the updates of all {lost} weights are lost in rounding to {name}"
+        raise CheckFailedError(what, how="merge with --dtype float32, or train with a larger learning rate")
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; unlike `torch.equal`, NaN and -0 included."""
     if one.dtype != other.dtype or one.shape != other.shape:

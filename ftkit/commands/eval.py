@@ -84,7 +84,7 @@ def evaluate(
         write_json(output, report.to_json())
         console.line(f"written to {output}")
     if found.adapter is not None:
-        mergeable = method_of(found.adapter).merge_refusal is None
+        mergeable = method_of(found.adapter).merge_refusal is None and found.prompt is None
         console.line("next:")
         console.line(f"  ftkit {'merge' if mergeable else 'export --format adapter'} {target}")
 

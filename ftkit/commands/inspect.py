@@ -87,6 +87,7 @@ def _adapter_in(text: str) -> Path | None:
         UserError: an adapter of another kind.
     """
     from ftkit.methods.files import BOTTLENECK, LORA
+    from ftkit.methods.start import PROMPTS
     from ftkit.models.files import ADAPTER_CONFIG_NAME, read_json
     from ftkit.runs import result_of
 
@@ -97,17 +98,23 @@ def _adapter_in(text: str) -> Path | None:
     if kind == BOTTLENECK:
         what = f"{text} holds bottleneck adapters: they have a non-linearity, and change no weight"
         raise UserError(what, how="ftkit inspects LoRA and fully trained models")
+    if kind in PROMPTS.values():
+        raise UserError(
+            f"{text} is a prompt, which changes no weight", how="ftkit inspects LoRA and fully trained models"
+        )
     if kind != LORA:
         raise UserError(f"{text} is an adapter of the kind {kind}", how="ftkit inspects LoRA and fully trained models")
     return directory
 
 
 def _with_base(text: str, base: str | None, options: dict[str, bool]) -> "Target":
-    """The adapter with the base that it was trained on, all of whose files are here."""
+    """The adapter, without a prompt beside it, with the base that it was trained on, all of whose files are here."""
+    from dataclasses import replace
+
     from ftkit.methods.files import check_base, identify, read_identity
     from ftkit.runs import find_target
 
-    target = find_target(text, base=base, **options)
+    target = replace(find_target(text, base=base, **options), prompt=None)
     assert target.adapter is not None, text
     check_base(target.adapter, read_identity(target.adapter), identify(target.model, remembered=True))
     return target
@@ -181,15 +188,16 @@ def _compared(text: str) -> Path:
 
 
 def _common_seed(directories: tuple[Path, Path]) -> int | None:
-    """The seed of both adapters' runs, where it is one; None for others and where a run does not say."""
+    """The seed that both runs drew their adapters from; None where they did not, or do not say."""
     from ftkit.recipe.load import load_recipe
     from ftkit.runs import RECIPE
 
     recipes = [directory.parent / RECIPE for directory in directories]
     if not all(path.is_file() for path in recipes):
         return None
-    seeds = [load_recipe(path).recipe.seed for path in recipes]
-    return seeds[0] if seeds[0] == seeds[1] else None
+    read = [load_recipe(path).recipe for path in recipes]
+    began_trained = any(recipe.method.type != "full" and recipe.method.init_from is not None for recipe in read)
+    return read[0].seed if read[0].seed == read[1].seed and not began_trained else None
 
 
 # ---------------------------------------------------------------------------------------------------- output

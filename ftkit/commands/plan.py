@@ -77,6 +77,8 @@ def _print_model(console: Console, method: str, result: "ModelEstimate") -> None
     console.line(f"method     {method}: trains {trains}")
     if result.places:
         console.line(f"places     {', '.join(result.places)}")
+    for note in result.notes:
+        console.line(f"note       {note}")
     console.line(
         f"memory     weights {human_bytes(memory.weights)}, gradients {human_bytes(memory.gradients)}, optimizer "
         f"{human_bytes(memory.optimizer)}: {human_bytes(memory.total)}; activations come on top"

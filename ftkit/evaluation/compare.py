@@ -17,6 +17,7 @@ from ftkit.evaluation.likelihood import Likelihoods, score_targets
 from ftkit.evaluation.metrics import METRICS, Answer, Metric
 from ftkit.evaluation.prompts import Prompts
 from ftkit.evaluation.report import Comparison, Report, Result, Usage
+from ftkit.models.attention_prompts import virtual_tokens
 
 ANSWER_MARGIN, MAX_ANSWER = 16, 512
 """Tokens an answer may have by default: so many more than the longest accepted answer, at most so many."""
@@ -131,7 +132,8 @@ class _Asker:
     def __init__(self, contestant: Contestant, max_tokens: int, console: Console) -> None:
         self._model, self._prompts, self._label = contestant.model, contestant.prompts, contestant.label
         self._max_tokens, self._console = max_tokens, console
-        self._context = int(getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**30)
+        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 2**30
+        self._context = int(positions) - virtual_tokens(self._model)
         self.tokens_run = self.tokens_generated = 0
         self.notes: list[str] = []
 

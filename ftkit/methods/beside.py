@@ -71,6 +71,11 @@ def save_beside(model: PreTrainedModel, parent: Path, identity: BaseIdentity, st
 
 
 def prompt_beside(adapter: Path) -> Path | None:
-    """The prompt that lies beside an adapter, in a run or a checkpoint."""
-    directory = adapter.with_name(DIRECTORY)
-    return directory if directory != adapter and (directory / CONFIG_NAME).is_file() else None
+    """The prompt that lies beside an adapter, in a run or a checkpoint, or inside its directory, in an export."""
+    places = (adapter / DIRECTORY, adapter.with_name(DIRECTORY))
+    return next((place for place in places if place != adapter and (place / CONFIG_NAME).is_file()), None)
+
+
+def prompt_inside(adapter: Path) -> Path | None:
+    """The prompt in the directory of an adapter that was exported with it."""
+    return adapter / DIRECTORY if (adapter / DIRECTORY / CONFIG_NAME).is_file() else None

@@ -9,7 +9,8 @@ from ftkit.methods import adapter
 from ftkit.methods.base import Method
 from ftkit.methods.files import BOTTLENECK, LORA, bottleneck_section, lora_section, read_adapter, trained_as
 from ftkit.methods.prompt_files import LLAMA_ADAPTER, PREFIX, SOFT_PROMPT
-from ftkit.recipe.method_schema import AdapterMethod, LoraMethod
+from ftkit.methods.table import method_of, section_of
+from ftkit.recipe.method_schema import AdapterMethod, LlamaAdapterMethod, LoraMethod
 from ftkit.recipe.section import Section
 
 KEY = ("method", "init_from")
@@ -18,6 +19,9 @@ PROMPTS = {"soft_prompt": SOFT_PROMPT, "prefix": PREFIX, "llama_adapter": LLAMA_
 _DECISIVE = {
     "lora": ("rank", "alpha", "rank_pattern", "alpha_pattern", "rank_stabilized", "dora", "init"),
     "adapter": ("bottleneck", "non_linearity", "placement", "insertion", "scale", "train_norms"),
+    "soft_prompt": ("num_virtual_tokens",),
+    "prefix": ("num_virtual_tokens",),
+    "llama_adapter": ("num_virtual_tokens", "num_layers"),
 }
 """Keys that say what saved weights compute. Which modules they belong to is told by their names."""
 
@@ -28,6 +32,9 @@ def continue_from(model: PreTrainedModel, method: Method, section: Section, dire
     Raises:
         UserError: it is of another method, shape or scale than `section`, or of other modules.
     """
+    if (theirs := method_of(directory).name) != method.name:
+        how = f"set method.type: {theirs}, or name another adapter"
+        raise UserError(f"{directory} was trained as {theirs}, and this is {method.name}", how=how, key=KEY)
     if isinstance(section, LoraMethod):
         config, state = read_adapter(directory, peft_type=LORA)
         _check_sections(section, trained_as(directory) or lora_section(config, directory), directory)
@@ -36,8 +43,8 @@ def continue_from(model: PreTrainedModel, method: Method, section: Section, dire
         trained = bottleneck_section(config, directory)
         _check_sections(adapter.sized(model, section), adapter.sized(model, trained), directory)
     else:
-        # Names and shapes of a prompt's tensors say all of it.
         _, state = read_adapter(directory, peft_type=PROMPTS[method.name])
+        _check_sections(_with_layers(section, model, method), section_of(directory), directory)
     ours = method.trained_state(model)
     for kind, names in (("lacks", ours.keys() - state.keys()), ("has besides", state.keys() - ours.keys())):
         if names:
@@ -46,7 +53,15 @@ def continue_from(model: PreTrainedModel, method: Method, section: Section, dire
     method.load_state(model, state)
 
 
-def _check_sections(section: LoraMethod | AdapterMethod, trained: LoraMethod | AdapterMethod, directory: Path) -> None:
+def _with_layers(section: Section, model: PreTrainedModel, method: Method) -> Section:
+    """With the number of layers that a model's gated prompts are in, where the section leaves it out."""
+    if not isinstance(section, LlamaAdapterMethod):
+        return section
+    gates = [name for name in method.trained_state(model) if name.endswith("gate")]
+    return section.model_copy(update={"num_layers": len(gates)})
+
+
+def _check_sections(section: Section, trained: Section, directory: Path) -> None:
     ours, theirs = section.model_dump(), trained.model_dump()
     problems = [
         Problem(
@@ -54,7 +69,7 @@ def _check_sections(section: LoraMethod | AdapterMethod, trained: LoraMethod | A
             how="set that here too, or leave method.init_from out",
             key=("method", name),
         )
-        for name in _DECISIVE[section.type]
+        for name in _DECISIVE[ours["type"]]
         # Of what A and B started from only PiSSA's is kept: any other init goes on from any other.
         if ours[name] != theirs[name] and (name != "init" or "pissa" in (ours[name], theirs[name]))
     ]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ftkit.errors import UserError
 from ftkit.models.architecture import describe
+from ftkit.models.soft_prompt import prompt_ids
 
 PREFIX, GATED = "prefix", "gated_prompt"
 """Names of the modules, inside the attention module."""
@@ -85,6 +86,12 @@ class GatedPrompt(nn.Module):
         return heads[0], heads[1]
 
 
+def virtual_tokens(model: PreTrainedModel) -> int:
+    """How many positions come before a document's first token: a soft prompt's, or a prefix'."""
+    prefixes = (module for module in model.modules() if isinstance(module, Prefix) and module.enabled)
+    return len(prompt_ids(model)) + max((len(prefix.prefix_keys) for prefix in prefixes), default=0)
+
+
 def prefix_of(attention: nn.Module) -> Prefix | None:
     """The prefix of an attention module, where it has one that is switched on."""
     prefix: Prefix | None = attention._modules.get(PREFIX)  # type: ignore[assignment]  # asked in every layer
@@ -103,21 +110,22 @@ def shift_positions(model: PreTrainedModel, by: int) -> None:
     Raises:
         UserError: the model cannot be told positions.
     """
-    backbone = describe(model).backbone
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+    # Not the backbone, past which OPT's head calls the decoder directly.
+    decoder = describe(model).decoder
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
         raise UserError(
             f"{type(model).__name__} takes no position_ids, so its tokens cannot be moved behind a prefix",
             how="set method.type: soft_prompt",
             key=("method", "type"),
         )
     first = next(module for module in model.modules() if isinstance(module, Prefix))
-    backbone.register_forward_pre_hook(partial(_shift, first, by), with_kwargs=True)
+    decoder.register_forward_pre_hook(partial(_shift, first, by), with_kwargs=True)
 
 
 def _shift(
     prefix: Prefix, by: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Hook before the backbone."""
+    """Hook before the decoder."""
     if not prefix.enabled:
         return None
     positions = kwargs.get("position_ids")

@@ -1,5 +1,6 @@
 """Keeping transformers' own log lines and bars out of the terminal: what a user must know, ftkit says itself."""
 
+import logging as python_logging
 import os
 
 from transformers.utils import logging
@@ -10,3 +11,5 @@ def quiet_transformers() -> None:
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # It misses an optional kernel on CPUs with AVX512-BF16, and says so as if something had failed.
+    python_logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(python_logging.ERROR)

@@ -49,7 +49,10 @@ _BATCH = Refusal(
     "the batch is global here", "set training.global_batch_size = per device × accumulation steps × devices"
 )
 _EVAL_BATCH = Refusal("evaluation uses the same token budget as training", "set training.max_tokens_per_device")
-_PRECISION = _use("set model.dtype: bfloat16, float16 or float32 (trained weights are kept in float32)")
+_PRECISION = _use("set model.dtype: bfloat16 or float32 (trained weights are kept in float32)")
+_NO_NETWORK = Refusal("a prefix trains as it is, not through a network that makes it (P-Tuning v2)", "remove it")
+_PROMPT_INIT = {"SAMPLE_VOCAB": "vocabulary", "TEXT": "vocabulary", "RANDOM": "random"}
+"""peft's words; the text itself is `init_text`."""
 _DATASETS = _use("list the data sets under data.train, and validation sets under data.eval, each with its path")
 _QUANTIZATION = _use("set model.quantization: nf4 (blocks of 64, scales quantized too) or int8")
 _PARALLEL = _use("set training.parallel: ddp or fsdp, and say where to run with --launch-config")
@@ -156,8 +159,11 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "lora_modules_to_save": Alias("method.modules_to_save"),
     "bottleneck_size": Alias("method.bottleneck"),
     "adapter_len": Alias("method.num_virtual_tokens"),
+    "pre_seq_len": Alias("method.num_virtual_tokens"),
+    "num_soft_prompt_tokens": Alias("method.num_virtual_tokens"),
+    **_group(_NO_NETWORK, "prefix_projection encoder_hidden_size prompt_encoder_hidden_size"),
     "adapter_layers": Alias("method.num_layers"),
-    "prompt_tuning_init": Alias("method.init", choices({"SAMPLE_VOCAB": "vocabulary", "RANDOM": "random"})),
+    "prompt_tuning_init": Alias("method.init", choices(_PROMPT_INIT)),
     "prompt_tuning_init_text": Alias("method.init_text"),
     "adapter_size": Alias("method.bottleneck"),
     "adapter_dropout": Alias("method.dropout"),

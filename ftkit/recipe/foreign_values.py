@@ -82,6 +82,9 @@ def adapter_preset(section: Any) -> Any:
 
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "model.dtype": choices({"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}),
+    "model.quantization": choices(
+        dict.fromkeys(("int4", "4bit", 4, "bnb_4bit"), "nf4") | dict.fromkeys(("8bit", 8, "bnb_8bit"), "int8")
+    ),
     "model.add_tokens": tokens,
     "model.add_special_tokens": tokens,
     "model.attn_implementation": choices({"fa2": "flash_attention_2"}),
@@ -91,8 +94,9 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "method": adapter_preset,
     "method.type": choices(
-        {"prompt_tuning": "soft_prompt", "prefix_tuning": "prefix", "p_tuning_v2": "prefix"}
-        | {"adaption_prompt": "llama_adapter"}
+        dict.fromkeys(("prompt_tuning", "prompt-tuning", "soft-prompt"), "soft_prompt")
+        | dict.fromkeys(("prefix_tuning", "prefix-tuning", "p_tuning_v2", "p-tuning-v2", "ptuning_v2"), "prefix")
+        | dict.fromkeys(("adaption_prompt", "llama-adapter"), "llama_adapter")
     ),
     "method.non_linearity": non_linearity,
     "method.init": initialisation,
@@ -105,12 +109,18 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 }
 """Our key -> other tools' values in our terms."""
 
+SPELT_OTHERWISE = {
+    "qlora": "write lora, and set model.quantization: nf4",
+    "dora": "write lora, and set method.dora: true",
+    "rslora": "write lora, and set method.rank_stabilized: true",
+    "pissa": "write lora, and set method.init: pissa",
+}
+"""Names of methods that are lora with another key."""
+
 _8BIT = "write adamw; its state takes 8 bytes a trained parameter"
 LATER_VALUES: dict[str, dict[Any, str]] = {
     "method.type": {
-        "qlora": "write lora, and set model.quantization: nf4",
         **dict.fromkeys(("ia3", "oft", "freeze"), "write lora"),
-        "dora": "write lora, and set method.dora: true",
     },
     "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
     "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),

@@ -167,6 +167,13 @@ class SoftPromptMethod(Section):
     init_from: NonEmpty | None = None
     """Run or prompt directory (relative to the recipe) whose trained prompt training goes on from, at step 0."""
 
+    @field_validator("init_text")
+    @classmethod
+    def _one_start(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("init") == "random":
+            raise ValueError("a prompt that starts from a text does not start at random: leave method.init out")
+        return value
+
 
 class PrefixMethod(Section):
     """Trained keys and values before those of every layer (P-Tuning v2, Liu et al. 2022,

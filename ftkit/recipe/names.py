@@ -78,8 +78,12 @@ def convert_values(value: Any, path: KeyPath = ()) -> Any:
     return convert(value) if convert else value
 
 
-def explain_unknown(path: KeyPath, length: int | None = None) -> Problem:
-    """Why there is no such key: path[:length] is the first part that the schema does not have."""
+def explain_unknown(path: KeyPath, length: int | None = None, siblings: list[str] | None = None) -> Problem:
+    """Why there is no such key: path[:length] is the first part that the schema does not have.
+
+    Args:
+        siblings: the names that there are in its place, where not all that the schema has there.
+    """
     length = len(path) if length is None else length
     head, rest = path[:length], path[length:]
     name = str(head[-1])
@@ -89,7 +93,7 @@ def explain_unknown(path: KeyPath, length: int | None = None) -> Problem:
     elsewhere = _absolute(entry, head) if isinstance(entry, Alias) else FLAT.get(name)
     if elsewhere is not None:
         return Problem("unknown key", f"it belongs to {dotted(elsewhere)}", key=path)
-    siblings = shape.keys_at(head[:-1])
+    siblings = shape.keys_at(head[:-1]) if siblings is None else siblings
     if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.7):
         suggestion = (*head[:-1], close[0], *rest)
         found = canonical(suggestion)

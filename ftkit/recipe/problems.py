@@ -9,9 +9,11 @@ from pydantic_core import ErrorDetails
 
 from ftkit.errors import KeyPath, Problem, UserError
 from ftkit.recipe import shape
+from ftkit.recipe.foreign_values import SPELT_OTHERWISE
 from ftkit.recipe.names import DATASET_LISTS, explain_unknown, later_value
 from ftkit.recipe.scalars import parse_scalar
 from ftkit.recipe.schema import METHOD_SECTIONS, Recipe
+from ftkit.recipe.section import Section
 
 _SWITCHES = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 
@@ -35,7 +37,7 @@ def explain(error: ValidationError) -> list[Problem]:
             key = ("method", "type")
             problems.setdefault(key, _method_problem(detail["input"]))
         else:
-            problems.setdefault(key, _problem(key, detail))
+            problems.setdefault(key, _problem(key, detail, _method_of(detail["loc"])))
     return list(problems.values())
 
 
@@ -51,17 +53,25 @@ def _key_of(loc: tuple[str | int, ...]) -> KeyPath:
     return key
 
 
-def _problem(key: KeyPath, detail: ErrorDetails) -> Problem:
+def _method_of(loc: tuple[str | int, ...]) -> type[Section] | None:
+    """The section of the method that pydantic's location lies in."""
+    return METHOD_SECTIONS.get(str(loc[1])) if loc[0] == "method" and len(loc) > 2 else None
+
+
+def _problem(key: KeyPath, detail: ErrorDetails, method: type[Section] | None) -> Problem:
     value = detail["input"]
     if detail["type"] == "extra_forbidden":
-        return _of_another_method(key) if shape.at(key) is not None else explain_unknown(key)
+        if shape.at(key) is not None:
+            return _of_another_method(key)
+        return explain_unknown(key, siblings=list(method.model_fields) if method is not None else None)
     if detail["type"] == "missing":
         return Problem("required key is missing", f"add it: {shape.description(key)}", key=key)
     if detail["type"] == "value_error":
         return Problem(detail["msg"].removeprefix("Value error, "), key=key)
     if (instead := later_value(key, value)) is not None:
         return Problem(f"{shape.describe(value)} is not in this version", instead, key=key)
-    annotation = shape.at(key)
+    own = method.model_fields.get(str(key[1])) if method is not None and len(key) == 2 else None
+    annotation = own.rebuild_annotation() if own is not None else shape.at(key)
     what = f"expected {shape.expected(annotation)}, got {shape.describe(value)}"
     return Problem(what, _mend(key, annotation, value), key=key)
 
@@ -77,6 +87,8 @@ def _method_problem(section: Any) -> Problem:
     if not isinstance(section, dict) or "type" not in section:
         return Problem("required key is missing", f"choose one of {known}", key=key)
     name = section["type"]
+    if isinstance(name, str) and name in SPELT_OTHERWISE:
+        return Problem(f"{name} is no method of its own here", SPELT_OTHERWISE[name], key=key)
     if (instead := later_value(key, name)) is not None:
         return Problem(f"the method {name} is not in this version", instead, key=key)
     close = difflib.get_close_matches(name, METHOD_SECTIONS, n=1) if isinstance(name, str) else []

@@ -14,18 +14,20 @@ from ftkit.data.plan import Plan, make_plan
 from ftkit.data.problems import count_rows, list_rows
 from ftkit.data.template_choice import chat_template_for
 from ftkit.errors import UserError
+from ftkit.methods.beside import DIRECTORY as PROMPT
 from ftkit.methods.beside import insert_beside
+from ftkit.methods.files import read_quantization
 from ftkit.methods.soft_prompt import start_from_text
 from ftkit.methods.start import KEY as INIT_FROM_KEY
 from ftkit.methods.start import continue_from
 from ftkit.methods.table import METHODS
 from ftkit.models.files import ADAPTER_CONFIG_NAME
-from ftkit.models.load import BaseModel, find_base, load_config
+from ftkit.models.load import BaseModel, find_base, load_config, stored_quantization
 from ftkit.models.token_rows import train_rows
 from ftkit.models.tokenizer import add_tokens, recipe_tokenizer
 from ftkit.recipe.load import LoadedRecipe
 from ftkit.recipe.schema import Recipe
-from ftkit.runs import ADAPTER
+from ftkit.runs import ADAPTER, MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class Prepared(PreparedModel):
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     plan: Plan
+    unused_tokens: tuple[str, ...] = ()
+    """New ones that no planned example has."""
 
     def print(self, console: Console) -> None:
         """What the run is made of: base, mixture, steps."""
@@ -77,7 +81,21 @@ class Prepared(PreparedModel):
     @property
     def warnings(self) -> list[str]:
         """What the user should know before the run."""
-        return [*([self.template.warning] if self.template.warning else []), *self.plan.warnings]
+        own = [self.template.warning] if self.template.warning else []
+        if self.unused_tokens:
+            tokens = ", ".join(self.unused_tokens[:4]) + (", ..." if len(self.unused_tokens) > 4 else "")
+            own.append(f"of the new tokens {len(self.unused_tokens)} occur nowhere in what is trained on ({tokens})")
+        return [*own, *self._quantization_warnings, *self.plan.warnings]
+
+    @property
+    def _quantization_warnings(self) -> list[str]:
+        if self.init_from is None:
+            return []
+        trained_on, now = read_quantization(self.init_from), self.base.quantization or stored_quantization(self.config)
+        if trained_on == now:
+            return []
+        forms = [form or "its own precision" for form in (trained_on, now)]
+        return [f"{self.init_from} was trained on the base in {forms[0]}, and goes on with it in {forms[1]}"]
 
 
 def mixture_table(plan: Plan) -> Table:
@@ -121,7 +139,8 @@ def prepare(
     _check_metric(recipe, plan)
     text = recipe.method.init_text if recipe.method.type == "soft_prompt" else None
     text_ids = () if text is None else tuple(tokenizer.encode(text, add_special_tokens=False))
-    _check_positions(recipe, config, plan)
+    measured = [int(examples.num_tokens.max(initial=0)) for examples in plan.validation.values()]
+    _check_positions(recipe, config, max(int(plan.examples.num_tokens.max()), *measured, 0))
     return Prepared(
         recipe=recipe,
         base=base,
@@ -132,6 +151,7 @@ def prepare(
         tokenizer=tokenizer,
         template=template,
         plan=plan,
+        unused_tokens=tuple(tokenizer.convert_ids_to_tokens(_unused(new_token_ids, plan))),
     )
 
 
@@ -148,6 +168,7 @@ def prepare_model(loaded: LoadedRecipe, *, offline: bool, trust_remote_code: boo
     if recipe.model.add_tokens or recipe.model.add_special_tokens:
         tokenizer = recipe_tokenizer(recipe.model, base, config, directory=loaded.directory(("model", "tokenizer")))
         added = add_tokens(tokenizer, recipe.model)
+    _check_positions(recipe, config, longest=1)
     return PreparedModel(recipe=recipe, base=base, config=config, new_token_ids=added, init_from=init_from)
 
 
@@ -166,7 +187,7 @@ def apply_method(model: PreTrainedModel, prepared: PreparedModel) -> None:
         start_from_text(model, prepared.prompt_text_ids)
     if section.type != "full" and section.init_from is not None:
         if prepared.init_from is None:
-            raise _no_adapter(section.init_from)
+            raise _no_adapter(section.init_from, Path(section.init_from))
         continue_from(model, method, section, prepared.init_from)
     insert_beside(model, section, seed=prepared.recipe.seed, begin=prepared.init_from)
 
@@ -187,15 +208,30 @@ def _initial_adapter(loaded: LoadedRecipe, *, needed: bool) -> Path | None:
     if name is None:
         return None
     path = loaded.directory(INIT_FROM_KEY) / Path(name).expanduser()
-    found = next((place for place in (path / ADAPTER, path) if (place / ADAPTER_CONFIG_NAME).is_file()), None)
+    first = path / PROMPT if loaded.recipe.method.type == "soft_prompt" else path / ADAPTER
+    places = (first, path / ADAPTER, path)
+    found = next((place for place in places if (place / ADAPTER_CONFIG_NAME).is_file()), None)
     if found is None and needed:
-        raise _no_adapter(name)
+        raise _no_adapter(name, path)
     return found
 
 
-def _no_adapter(name: str) -> UserError:
+def _no_adapter(name: str, path: Path) -> UserError:
+    if (path / MODEL).is_dir():
+        how = f"name it as base_model: {path / MODEL}"
+        return UserError(f"{name} trained in full: there is no adapter to begin with", key=INIT_FROM_KEY, how=how)
     how = "name a directory with one of them"
     return UserError(f"{name} is neither a run nor an adapter", key=INIT_FROM_KEY, how=how)
+
+
+def _unused(token_ids: tuple[int, ...], plan: Plan) -> list[int]:
+    """Those that occur in no example of any step."""
+    missing = set(token_ids)
+    for index in (index for step in plan.steps for index in step):
+        if not missing:
+            break
+        missing -= set(plan.examples[index].example.input_ids.tolist())
+    return sorted(missing)
 
 
 def _check_metric(recipe: Recipe, plan: Plan) -> None:
@@ -207,18 +243,23 @@ def _check_metric(recipe: Recipe, plan: Plan) -> None:
         )
 
 
-def _check_positions(recipe: Recipe, config: PreTrainedConfig, plan: Plan) -> None:
-    """A prompt's tokens have positions too, of which a model without rotary ones has only so many."""
+def _check_positions(recipe: Recipe, config: PreTrainedConfig, longest: int) -> None:
+    """A model without rotary positions has so many and no more; a prompt's tokens take some of them."""
     text, method = config.get_text_config(decoder=True), recipe.method
-    rows = {"soft_prompt": "num_virtual_tokens", "prefix": "num_virtual_tokens"}.get(method.type, "soft_prompt")
-    before, known = getattr(method, rows, None) or 0, getattr(text, "max_position_embeddings", None)
-    if not before or known is None or getattr(text, "rope_parameters", None) is not None:
+    known = getattr(text, "max_position_embeddings", None)
+    if known is None or getattr(text, "rope_parameters", None) is not None:
         return
-    measured = [int(examples.num_tokens.max()) for examples in plan.validation.values()]
-    longest = max(int(plan.examples.num_tokens.max()), *measured)
-    if before + longest > known:
-        what = f"{before} virtual tokens and examples of up to {longest} tokens do not fit into {known} positions"
-        raise UserError(what, key=("data", "max_length"), how=f"set it to {known - before}")
+    rows = {"soft_prompt": "num_virtual_tokens", "prefix": "num_virtual_tokens"}.get(method.type, "soft_prompt")
+    before: int = getattr(method, rows, None) or 0
+    if before + longest <= known:
+        return
+    what = f"examples of up to {longest} tokens do not fit into the model's {known} positions"
+    if before:
+        what = f"{before} virtual tokens and {what}"
+    if before > known // 2:
+        room = f"{known - longest}" if longest < known else f"{known // 8}, and data.max_length to {known - known // 8}"
+        raise UserError(what, key=("method", rows), how=f"set it to {room}")
+    raise UserError(what, key=("data", "max_length"), how=f"set it to {known - before}")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -33,7 +33,7 @@ from ftkit.models.files import (
     stored_dtype,
     weight_files,
 )
-from ftkit.models.load import local_directory
+from ftkit.models.load import load_tokenizer, local_directory
 from ftkit.runs import ADAPTER, CHECKPOINTS, MODEL, write_json
 from ftkit.training.checkpoint import checkpoint_name, find_damage
 from ftkit.training.prepare import Prepared
@@ -83,8 +83,20 @@ def write_weights(
     for directory in directories:
         prepared.tokenizer.save_pretrained(directory)
         write_json(directory / GENERATION_CONFIG, _generation_config(prepared))
+    if prompt and prepared.new_token_ids and prepared.recipe.model.tokenizer is None:
+        # By itself a prompt meets a base without rows for new tokens.
+        _write_base_tokenizer(prepared, directories[1])
     if method.name == "full":
         copy_matching(local_directory(prepared.base, weights=False), directories[0], PROCESSOR_PATTERNS)
+
+
+def _write_base_tokenizer(prepared: Prepared, directory: Path) -> None:
+    """Put the base's tokenizer in the place of the one with new tokens; the chat template stays."""
+    for path in directory.glob("*token*"):
+        path.unlink()
+    tokenizer = load_tokenizer(prepared.base)
+    tokenizer.chat_template = prepared.tokenizer.chat_template
+    tokenizer.save_pretrained(directory)
 
 
 def _generation_config(prepared: Prepared) -> dict[str, Any]:

@@ -56,6 +56,14 @@ def test_an_update_that_rounding_swallows_is_told(tmp_path: Path, capsys: pytest
     assert (report["tensors_changed"], len(report["zero"]), len(report["rounded_away"])) == (12, 0, 2)
 
 
+def test_a_merge_that_changes_nothing_is_a_failure(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, dtype=torch.bfloat16)
+    edit_b(pair, "", 1e-20)
+    with pytest.raises(CheckFailedError, match="nothing has changed: the updates of all 14 weights are lost in round"):
+        merge([WeightedAdapter(pair.target)], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_tensor_that_no_weight_gets_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = write_pair(tmp_path)
     deltas = lora.deltas

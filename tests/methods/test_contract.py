@@ -370,6 +370,42 @@ def test_a_bfloat16_base_trains_float32_masters(architecture, case):
         assert (gradient - gradients[1][name]).abs().max() <= tolerance * gradient.abs().max(), name
 
 
+@every_case
+def test_in_bfloat16_it_starts_loads_and_merges_too(architecture, case, tmp_path):
+    """What a run computes: a frozen bfloat16 base, float32 masters that are cast where they are used."""
+    method, section = method_of(case), section_of(architecture, case)
+
+    def computing(change):
+        model = tiny_model(architecture).bfloat16()
+        change(model)
+        compute_in(model, torch.bfloat16)
+        return model
+
+    base, model = computing(lambda model: None), computing(lambda model: method.apply(model, section, seed=1))
+
+    def apart(one, other):
+        """Share of the largest logit; of most of Mixtral's tokens: for some the router chooses otherwise."""
+        by_token = (logits(one) - logits(other)).abs().amax(-1).flatten().float() / logits(other).abs().max().float()
+        return by_token.quantile(0.8 if architecture == "mixtral" else 1.0)
+
+    # Steps of bfloat16 (2**-8), a few in a row; a recurrence carries them on.
+    tolerance = 2**-3 if architecture == "qwen3_5" else 2**-5
+    if case not in ("soft_prompt", "prefix"):
+        assert apart(model, base) <= tolerance
+    perturb(model)
+    method.save(model, section, tmp_path, IDENTITY)
+    loaded = computing(lambda fresh: method.load(fresh, tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+    if method.merge_refusal is not None:
+        return
+    merged = tiny_model(architecture).bfloat16()
+    parameters = dict(merged.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, delta in method.deltas(merged, method.trained_state(model), section):
+            parameters[name].copy_(merged_weight(parameters[name].float(), delta))
+    assert apart(merged, model) <= tolerance
+
+
 def test_a_fresh_process_loads_the_same_bits(tmp_path):
     """All cases in one process: starting it costs more than all of them."""
     for architecture, case in CASES:

@@ -33,8 +33,12 @@ THEIRS = {
     "llama_adapter": lambda: AdaptionPromptConfig(adapter_len=5, adapter_layers=1, task_type="CAUSAL_LM"),
 }
 CASES = [
-    *((architecture, "soft_prompt") for architecture in ("llama", "qwen3", "gemma3", "mistral", "gpt2", "opt")),
+    *(
+        (architecture, "soft_prompt")
+        for architecture in ("llama", "qwen3", "gemma3", "mistral", "gpt2", "opt", "mixtral")
+    ),
     *((architecture, "prefix") for architecture in ("llama", "qwen3", "gemma3", "mistral", "gpt2", "gpt_neox", "phi3")),
+    *((architecture, "prefix") for architecture in ("opt", "mixtral")),
     *((architecture, "llama_adapter") for architecture in ("llama", "mistral")),
 ]
 every_case = pytest.mark.parametrize(("architecture", "case"), CASES)

@@ -20,7 +20,7 @@ from tests.methods.cases import SECTIONS, inputs, logits, loss, perturb, section
 from tests.tiny_models import save_tiny, tiny_model
 
 KINDS = ("nf4", "int8")
-CASES = ("lora", "lora-pissa", "lora-dora", "lora-modules", "adapter")
+CASES = ("lora", "lora-pissa", "lora-dora", "lora-modules", "adapter", "soft_prompt", "prefix", "llama_adapter")
 IDENTITY = BaseIdentity("somewhere/base")
 
 

@@ -111,7 +111,7 @@ def test_modules_that_trained_in_full_are_wanted_again(tmp_path):
 
 def test_another_kind_is_refused(tmp_path):
     written("adapter", tmp_path)
-    with pytest.raises(UserError, match="is an adapter of the kind 'FTKIT_BOTTLENECK', not 'LORA'"):
+    with pytest.raises(UserError, match=r"was trained as adapter, and this is lora; set method\.type: adapter"):
         start("lora", tmp_path)
 
 

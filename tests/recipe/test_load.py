@@ -103,10 +103,16 @@ WRONG_VALUES = {
 CHOICES = "full, lora, adapter, soft_prompt, prefix, llama_adapter"
 
 METHODS = {
+    "type: soft_prompt, init: text": "init: expected one of vocabulary, random, got the text 'text'",
+    "type: soft_prompt, init: random, init_text: a": "init_text: a prompt that starts from a text does not start at"
+    " random: leave method.init out",
+    "type: prefix, zzz: 1": "zzz: unknown key; the keys here are type, num_virtual_tokens, init_std, init_from",
+    "type: prefix, prefix_projection: true": "prefix_projection: a prefix trains as it is, not through a network that"
+    " makes it (P-Tuning v2); remove it",
     "type: lorra": "type: unknown method, the text 'lorra'; did you mean lora?",
     "type: magic": f"type: unknown method, the text 'magic'; choose one of {CHOICES}",
     "type: [lora]": f"type: unknown method, a list; choose one of {CHOICES}",
-    "type: qlora": "type: the method qlora is not in this version; write lora, and set model.quantization: nf4",
+    "type: qlora": "type: qlora is no method of its own here; write lora, and set model.quantization: nf4",
     "rank: 8": f"type: required key is missing; choose one of {CHOICES}",
     "type: full, rank: 8": "rank: no key of this method; it belongs to lora; remove it, or change method.type",
     "type: lora, rnak: 8": "rnak: unknown key; did you mean rank?",
@@ -258,7 +264,7 @@ training:
         " entry with a dash",
         "recipe.yaml:4: data.max_lenght: unknown key; did you mean max_length?",
         "recipe.yaml:5: method.rank: expected a whole number above 0, got the text 'x'",
-        "recipe.yaml:7: training.bf16: another tool's key; set model.dtype: bfloat16, float16 or float32 (trained"
+        "recipe.yaml:7: training.bf16: another tool's key; set model.dtype: bfloat16 or float32 (trained"
         " weights are kept in float32)",
         "command line: 'x' sets no key; write it as key=value, e.g. training.learning_rate=1e-4",
         "command line: training.learning_rate: expected a number above 0, got the text 'high'",
