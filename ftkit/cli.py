@@ -10,36 +10,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from ftkit import options
-from ftkit.errors import FtkitError, UserError
-from ftkit.failures import LATER_VERBS, interrupted, known_failure, usage_error
-
-
-class Verbs(TyperGroup):
-    """The group of verbs; knows those of later versions and suggests for misspelt ones."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The verb that `args` starts with.
-
-        Raises:
-            UserError: there is no such verb.
-        """
-        name = args[0]
-        if name in LATER_VERBS:
-            raise UserError(f"the verb {name} is not in this version", how=LATER_VERBS[name])
-        if name not in self.commands and not name.startswith("-"):
-            close = get_close_matches(name, self.commands, n=1)
-            how = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(self.commands)}"
-            raise UserError(f"there is no verb {name}", how=how)
-        return super().resolve_command(ctx, args)
+from ftkit.errors import FtkitError
+from ftkit.failures import interrupted, known_failure, usage_error
+from ftkit.verbs import Verbs
 
 
 def _print_version(wanted: bool) -> None:
@@ -276,6 +256,25 @@ def inspect(
         offline=offline,
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command()
+def diff(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.")],
+    tolerance: Annotated[
+        float,
+        typer.Option(metavar="X", min=0.0, help="How far losses may be apart; above 0 weights are not compared."),
+    ] = 0.0,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="recipe, data, environment, loss or weights; repeatable.")
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Say where two runs part; exit code 6 if they do."""
+    from ftkit.commands.diff import diff as command
+
+    command(run, other, tolerance=tolerance, ignore=ignore or [], json=json)
 
 
 @app.command()

@@ -17,7 +17,6 @@ from ftkit.errors import FtkitError, OutOfMemoryError, StorageError, UserError
 
 LATER_VERBS = {
     "chat": "export the model with `ftkit export` and serve it with any tool",
-    "diff": "compare the runs' recipe.yaml files",
     "doctor": "see environment.json in a run's directory",
     "init": "start from one of the files in recipes/",
     "verify": "resume with `ftkit train RECIPE --resume`, which takes verified checkpoints only",

@@ -25,6 +25,7 @@ LAYERS = (
     "methods",
     "lock",
     "runs",
+    "run_diff",
     "evaluation",
     "training",
     "estimate",
@@ -32,12 +33,13 @@ LAYERS = (
     "commands",
     "failures",
     "options",
+    "verbs",
     "cli",
     "__main__",
 )
 """From the bottom to the top; a module imports from below only."""
 ONLY_IN = {"accelerate": "ftkit.distributed", "peft": "no module", "trl": "no module"}
-LIGHT = ("errors", "console", "recipe", "launch", "slurm", "commands", "failures", "options", "cli")
+LIGHT = ("errors", "console", "recipe", "launch", "slurm", "commands", "failures", "options", "verbs", "cli")
 """Layers that load none of HEAVY before they need it: `--help` and a wrong recipe answer at once."""
 MAX_FILE, MAX_FUNCTION, MAX_UNDESCRIBED = 350, 80, 12
 """Lines of a module, of a function, and of a public function without a docstring, at most."""

@@ -20,7 +20,7 @@ from ftkit.cli import run
 from ftkit.errors import CheckFailedError, Interrupted, NetworkError, Problem, UserError
 from ftkit.failures import LATER_OPTIONS, LATER_VERBS
 
-VERBS = ("train", "plan", "merge", "eval", "export", "inspect", "schema")
+VERBS = ("train", "plan", "merge", "eval", "export", "inspect", "diff", "schema")
 
 
 def ftkit(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -95,7 +95,13 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     assert run([*export, *common]) == 0
     inspection = ["inspect", "A", "B", "--base", "M", "--left", "--modules", "q", "--modules", "k", "--json"]
     assert run([*inspection, "--output", "o.svg", "--overwrite", *common]) == 0
+    assert run(["diff", "A", "B", "--tolerance", "0.5", "--ignore", "data", "--ignore", "loss", "--json"]) == 0
     on = {"offline": True, "trust_remote_code": True}
+    assert calls.pop() == (
+        "diff",
+        (Path("A"), Path("B")),
+        {"tolerance": 0.5, "ignore": ["data", "loss"], "json": True},
+    )
     assert calls == [
         ("plan", (Path("r.yaml"), ["a=b"]), {"model_only": True, "json": True, **on}),
         (
@@ -135,7 +141,7 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
 
 WRONG = {
     ("trian", "r.yaml"): "there is no verb trian; did you mean train?",
-    ("zzz",): "there is no verb zzz; choose one of train, plan, preview, merge, eval, export, inspect, schema",
+    ("zzz",): "there is no verb zzz; choose one of train, plan, preview, merge, eval, export, inspect, diff, schema",
     ("train",): "missing argument RECIPE; see ftkit train --help",
     ("train", "r.yaml", "--resum"): "there is no option --resum; did you mean --resume?",
     ("train", "r.yaml", "--zzzz"): "there is no option --zzzz; see ftkit train --help",
