@@ -83,6 +83,25 @@ def train(
 
 
 @app.command()
+def init(
+    source: Annotated[
+        str, typer.Argument(metavar="DATA|CONFIG", help="Data, or a configuration of axolotl, LLaMA-Factory or TRL.")
+    ],
+    model: options.Model = None,
+    method: options.MethodName = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
+    overwrite: options.Overwrite = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
+) -> None:
+    """Write a first recipe, from your data or another tool's configuration."""
+    from ftkit.commands.init import init as command
+
+    common = {"overwrite": overwrite, "offline": offline, "trust_remote_code": trust_remote_code}
+    command(source, model=model, method=method, output=output, **common)
+
+
+@app.command()
 def plan(
     recipe: options.RecipeFile,
     overrides: options.Overrides = None,
@@ -113,17 +132,8 @@ def preview(
     """Show what the model will see: tokens, which of them are trained on, what was dropped and why."""
     from ftkit.commands.preview import preview as command
 
-    command(
-        recipe,
-        overrides or [],
-        dataset=dataset,
-        row=row,
-        dropped=dropped,
-        json=json,
-        limit=limit,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    common = {"offline": offline, "trust_remote_code": trust_remote_code}
+    command(recipe, overrides or [], dataset=dataset, row=row, dropped=dropped, json=json, limit=limit, **common)
 
 
 @app.command()
@@ -211,15 +221,8 @@ def export(
     """Write a model in the form that other tools read."""
     from ftkit.commands.export import export as command
 
-    command(
-        target,
-        format=format,
-        output=output,
-        dtype=dtype,
-        overwrite=overwrite,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    common = {"overwrite": overwrite, "offline": offline, "trust_remote_code": trust_remote_code}
+    command(target, format=format, output=output, dtype=dtype, **common)
 
 
 @app.command()

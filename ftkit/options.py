@@ -50,3 +50,7 @@ ModelOnly = Annotated[
     bool,
     typer.Option("--model-only", help="Only model and method, from the base's configuration; no data, no weights."),
 ]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="ID", help="The base model: hub id, directory or .gguf file.")
+]
+MethodName = Annotated[str | None, typer.Option("--method", metavar="M", help="How to train; default lora.")]

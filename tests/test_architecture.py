@@ -29,6 +29,7 @@ LAYERS = (
     "evaluation",
     "training",
     "estimate",
+    "draft",
     "artifacts",
     "commands",
     "failures",

@@ -20,7 +20,7 @@ from ftkit.cli import run
 from ftkit.errors import CheckFailedError, Interrupted, NetworkError, Problem, UserError
 from ftkit.failures import LATER_OPTIONS, LATER_VERBS
 
-VERBS = ("train", "plan", "merge", "eval", "export", "inspect", "diff", "schema")
+VERBS = ("init", "train", "plan", "merge", "eval", "export", "inspect", "diff", "schema")
 
 
 def ftkit(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -95,6 +95,13 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     assert run([*export, *common]) == 0
     inspection = ["inspect", "A", "B", "--base", "M", "--left", "--modules", "q", "--modules", "k", "--json"]
     assert run([*inspection, "--output", "o.svg", "--overwrite", *common]) == 0
+    assert run(["init", "D", "--model", "m", "--method", "full", "-o", "r.yaml", "--overwrite", *common]) == 0
+    assert calls.pop() == (
+        "init",
+        ("D",),
+        {"model": "m", "method": "full", "output": Path("r.yaml"), "overwrite": True}
+        | {"offline": True, "trust_remote_code": True},
+    )
     assert run(["diff", "A", "B", "--tolerance", "0.5", "--ignore", "data", "--ignore", "loss", "--json"]) == 0
     on = {"offline": True, "trust_remote_code": True}
     assert calls.pop() == (
@@ -141,7 +148,9 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
 
 WRONG = {
     ("trian", "r.yaml"): "there is no verb trian; did you mean train?",
-    ("zzz",): "there is no verb zzz; choose one of train, plan, preview, merge, eval, export, inspect, diff, schema",
+    (
+        "zzz",
+    ): "there is no verb zzz; choose one of train, init, plan, preview, merge, eval, export, inspect, diff, schema",
     ("train",): "missing argument RECIPE; see ftkit train --help",
     ("train", "r.yaml", "--resum"): "there is no option --resum; did you mean --resume?",
     ("train", "r.yaml", "--zzzz"): "there is no option --zzzz; see ftkit train --help",

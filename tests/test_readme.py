@@ -43,7 +43,7 @@ def test_the_tables_list_every_option_and_no_other() -> None:
 def test_common_options_belong_to_the_verbs_that_are_said_to_have_them() -> None:
     for verb, known in options().items():
         assert (known & COMMON) >= (set() if verb in ("diff", "schema") else COMMON - {"--overwrite"}), verb
-        assert ("--overwrite" in known) == (verb in ("train", "merge", "export", "inspect")), verb
+        assert ("--overwrite" in known) == (verb in ("init", "train", "merge", "export", "inspect")), verb
 
 
 def test_options_in_the_text_exist() -> None:

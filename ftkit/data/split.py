@@ -12,6 +12,8 @@ from ftkit.data.mixture import split_validation
 from ftkit.errors import UserError
 from ftkit.recipe.schema import Recipe
 
+SAYS_THE_SAME = "says the same as"
+"""What the reason begins with for which a repeated row is dropped."""
 SAME_AS_EARLIER, SAME_AS_VALIDATION = "an earlier row", "a row of data.eval"
 
 
@@ -57,7 +59,7 @@ def split_rows(recipe: Recipe, train: Sequence[Corpus], evaluation: Sequence[Cor
         found = {other: corpus.row_ids(np.flatnonzero(rows)).tolist() for other, rows in same_as.items() if rows.any()}
         if data.deduplicate:
             keep &= ~(also_measured | again)
-            split.dropped.append({f"says the same as {other} (data.deduplicate)": ids for other, ids in found.items()})
+            split.dropped.append({f"{SAYS_THE_SAME} {other} (data.deduplicate)": ids for other, ids in found.items()})
             split.overlapping.append({})
         else:
             split.dropped.append({})

@@ -1,0 +1,121 @@
+"""`ftkit init`: a first recipe, from somebody's data or from another tool's configuration."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ftkit.console import Console
+from ftkit.errors import UserError, dotted
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONFIGURATIONS = (".yaml", ".yml")
+
+
+def init(
+    source: str,
+    *,
+    model: str | None = None,
+    method: str | None = None,
+    output: Path = Path("recipe.yaml"),
+    overwrite: bool = False,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write a recipe for SOURCE.
+
+    Args:
+        source: data (file, directory, hub id), or a configuration of axolotl, LLaMA-Factory or TRL.
+        model: the base model; default a small one, or the configuration's.
+        method: as `method.type`; default lora, or the configuration's.
+
+    Raises:
+        UserError: the output exists, there is no such method, or nothing can be made of the source.
+    """
+    from ftkit.recipe.schema import METHOD_SECTIONS
+    from ftkit.runs import move_aside, write_whole
+
+    console = Console()
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists", how="choose another --output, or give --overwrite: it is moved aside")
+    if not output.parent.is_dir():
+        raise UserError(f"there is no directory {output.parent}", how="create it, or choose another --output")
+    if method is not None and method not in METHOD_SECTIONS:
+        raise UserError(
+            f"--method {method}: there is no such method", how=f"choose one of {', '.join(METHOD_SECTIONS)}"
+        )
+    if Path(source).suffix in CONFIGURATIONS:
+        text = _from_configuration(Path(source), output, console, model=model, method=method)
+    else:
+        options = {"offline": offline, "trust_remote_code": trust_remote_code}
+        text = _from_data(
+            source, output, console, model=model or DEFAULT_MODEL, method=method or "lora", options=options
+        )
+    if output.exists():
+        console.line(f"the old one is now {move_aside(output)}")
+    write_whole(output, text)
+    console.line(f"written to {output}", style="bold")
+    for verb in ("preview", "plan", "train"):
+        console.line(f"  ftkit {verb} {output}")
+
+
+def _from_data(source: str, output: Path, console: Console, model: str, method: str, options: dict[str, bool]) -> str:
+    from ftkit.draft import draft
+
+    directory = output.absolute().parent
+    data, base_model = (_seen_from(directory, text) for text in (source, model))
+    made = draft(data, base_model, method, directory, console=console, **options)
+    facts = made.facts
+    console.line(f"data       {facts.rows:,} rows: {facts.kind}")
+    if facts.repeated:
+        console.line(f"repeated   {facts.repeated:,} rows say the same as another")
+    if facts.dropped:
+        console.line(f"dropped    {facts.dropped:,} rows cannot be used: `ftkit preview --dropped` says why")
+    lengths = f"{facts.median:,} tokens in the middle, 99% up to {facts.percentile:,}, the longest {facts.longest:,}"
+    console.line(f"lengths    {lengths}")
+    for warning in made.warnings:
+        console.warning(warning)
+    return made.text
+
+
+def _from_configuration(path: Path, output: Path, console: Console, *, model: str | None, method: str | None) -> str:
+    import yaml
+
+    from ftkit.recipe.translate import translate
+
+    found = translate(path)
+    values = found.recipe
+    if model is not None:
+        values["base_model"] = model
+    if method is not None:
+        values["method"] = {"type": method}
+    directory = output.absolute().parent
+    _move_paths(values, path.absolute().parent, directory)
+    notes = [f"{dotted(problem.key)}: {problem.what}; {problem.how}" for problem in found.left_out]
+    console.line(f"{path} is a configuration of {found.tool}")
+    for note in notes:
+        console.line(f"left out   {note}")
+    head = [f"# Made by `ftkit init` from {path.name}, a configuration of {found.tool}."]
+    head += ["#", "# Not carried over as it was:", *(f"#   {note}" for note in notes)] if notes else []
+    order = ("base_model", "model", "data", "method", "training", "output_dir", "seed")
+    ordered = {key: values[key] for key in order if values.get(key) not in (None, {})}
+    body = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=110)
+    return "\n".join(head) + "\n\n" + body
+
+
+def _move_paths(values: dict[str, Any], there: Path, here: Path) -> None:
+    """Let relative paths that exist beside the configuration, or where we are, start from the recipe's directory."""
+
+    def moved(text: str) -> str:
+        found = next((base / text for base in (there, Path.cwd()) if (base / text).exists()), None)
+        return text if found is None or Path(text).is_absolute() else os.path.relpath(found, here)
+
+    values["base_model"] = moved(values["base_model"])
+    for kind in ("train", "eval"):
+        for dataset in values.get("data", {}).get(kind, []):
+            dataset["path"] = moved(dataset["path"])
+
+
+def _seen_from(directory: Path, text: str) -> str:
+    """A path that exists, relative to `directory` where it lies below or beside it; anything else as it is."""
+    path = Path(text).expanduser()
+    return text if path.is_absolute() or not path.exists() else os.path.relpath(path.absolute(), directory)

@@ -1,0 +1,208 @@
+"""Configurations of axolotl, LLaMA-Factory and TRL, in their own words, against the recipe that each means."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ftkit.errors import UserError, dotted
+from ftkit.recipe.load import load_recipe
+from ftkit.recipe.translate import AXOLOTL, LLAMA_FACTORY, TRL, Translated, translate
+from tests.recipe.other_tools import rows
+
+QLORA = """
+base_model: org/model
+model_type: LlamaForCausalLM
+load_in_4bit: true
+load_in_8bit: false
+datasets:
+  - path: data/mine.jsonl
+    ds_type: json
+    type: alpaca
+  - path: org/talks
+    split: train[:10%]
+    type: chat_template
+    field_messages: conversations
+    message_property_mappings: {role: from, content: value}
+  - path: org/books
+    type: completion
+    name: en
+    train_on_split: train
+val_set_size: 0.05
+output_dir: ./outputs/qlora
+sequence_len: 4096
+sample_packing: true
+adapter: qlora
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 2
+optimizer: paged_adamw_32bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: true
+tf32: false
+gradient_checkpointing: true
+flash_attention: true
+warmup_ratio: 0.1
+evals_per_epoch: 2
+saves_per_epoch: 1
+wandb_project:
+"""
+FACTORY = """
+model_name_or_path: org/model
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: mine, talks
+dataset_dir: data
+template: qwen
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+bf16: true
+overwrite_output_dir: true
+"""
+SFT = """
+model_name_or_path: org/model
+dataset_name: trl-lib/Capybara
+dataset_train_split: train
+learning_rate: 2.0e-5
+num_train_epochs: 1
+packing: true
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 8
+gradient_checkpointing: true
+eos_token: "<|im_end|>"
+"""
+
+
+def translated(tmp_path: Path, text: str) -> Translated:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return translate(path)
+
+
+def left_out(found: Translated) -> set[str]:
+    return {dotted(problem.key) for problem in found.left_out}
+
+
+def test_axolotls_qlora(tmp_path: Path) -> None:
+    found = translated(tmp_path, QLORA)
+    assert found.tool == AXOLOTL
+    assert found.recipe == {
+        "base_model": "org/model",
+        "model": {"dtype": "bfloat16", "quantization": "nf4"},
+        "data": {
+            "train": [
+                {"path": "data/mine.jsonl", "format": "alpaca"},
+                {"path": "org/talks", "split": "train[:10%]", "format": "sharegpt"},
+                {"path": "org/books", "format": "text", "subset": "en"},
+            ],
+            "val_size": 0.05,
+            "max_length": 4096,
+            "packing": "auto",
+        },
+        "method": {"type": "lora", "rank": 32, "alpha": 16, "dropout": 0.05, "targets": "all-linear"},
+        "training": {
+            "global_batch_size": 8,
+            "num_train_epochs": 2,
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "cosine",
+            "gradient_checkpointing": True,
+            "warmup_steps": 0.1,
+            "eval_steps": 0.25,
+            "save_steps": 0.5,
+        },
+        "output_dir": "./outputs/qlora",
+    }
+    # What was switched off or empty is not missed; what counts otherwise here is told.
+    assert left_out(found) == {
+        "datasets.2.train_on_split",
+        "micro_batch_size",
+        "model_type",
+        "training.optim",
+        "flash_attention",
+    }
+    (batch,) = (problem for problem in found.left_out if problem.key == ("micro_batch_size",))
+    assert "2 a device x 4 steps is a global batch of 8" in str(batch)
+
+
+@pytest.mark.parametrize(("adapter", "kind"), [("adapter: lora", "lora"), ("", "full"), ("adapter:", "full")])
+def test_axolotls_method(adapter: str, kind: str, tmp_path: Path) -> None:
+    text = "base_model: org/model\ndatasets: [{path: a.jsonl, type: alpaca}]\n"
+    assert translated(tmp_path, text + adapter).recipe["method"]["type"] == kind
+
+
+def test_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
+    info: dict[str, Any] = {
+        "mine": {"file_name": "mine.json", "columns": {"prompt": "q", "response": "a"}},
+        "talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "dialog"}},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    found = translated(tmp_path, FACTORY)
+    assert found.tool == LLAMA_FACTORY
+    mine = {"path": str(tmp_path / "data" / "mine.json"), "format": "alpaca"}
+    assert found.recipe["data"] == {
+        "train": [
+            mine | {"columns": {"instruction": "q", "output": "a"}},
+            {"path": "org/talks", "format": "sharegpt", "columns": {"conversations": "dialog"}},
+        ],
+        "max_length": 2048,
+    }
+    assert found.recipe["method"] == {"type": "lora", "rank": 8, "targets": "all-linear"}
+    assert found.recipe["model"] == {"dtype": "bfloat16"}
+    assert found.recipe["training"] == {"global_batch_size": 8, "learning_rate": 1e-4, "num_train_epochs": 3}
+    assert left_out(found) == {"per_device_train_batch_size", "template", "overwrite_output_dir"}
+
+
+def test_without_the_table_of_data_sets_their_names_are_kept(tmp_path: Path) -> None:
+    found = translated(tmp_path, FACTORY)
+    assert found.recipe["data"]["train"] == [{"path": "mine"}, {"path": "talks"}]
+    assert "dataset" in left_out(found)
+
+
+def test_trls_script(tmp_path: Path) -> None:
+    found = translated(tmp_path, SFT)
+    assert found.tool == TRL
+    assert found.recipe["data"]["train"] == [{"path": "trl-lib/Capybara", "split": "train"}]
+    assert found.recipe["method"] == {"type": "full"}
+    assert found.recipe["training"]["global_batch_size"] == 16
+    lora = translated(tmp_path, SFT + "use_peft: true\nlora_r: 4\n")
+    assert lora.recipe["method"] == {"type": "lora", "rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "a configuration is a mapping of keys; name a YAML file"),
+        ("learning_rate: 1e-4", "no recipe can be made of it: "),
+        ("base_model: org/model", "no recipe can be made of it: "),
+    ],
+)
+def test_what_is_no_configuration(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        translated(tmp_path, text)
+
+
+def test_the_table_in_the_docs_is_that_of_the_code() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "other_tools.md").read_text("utf-8")
+    table = [line for line in text.splitlines() if line.startswith("| `")]
+    assert table == rows(), "python -m tests.recipe.other_tools prints it"
+
+
+def test_what_is_left_is_a_recipe(tmp_path: Path) -> None:
+    for text in (QLORA, FACTORY, SFT):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(translated(tmp_path, text).recipe))
+        assert load_recipe(path).recipe.base_model == "org/model"
