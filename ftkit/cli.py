@@ -247,18 +247,8 @@ def inspect(
     """Show what training changed: singular values, ranks, sizes; or what two adapters share."""
     from ftkit.commands.inspect import inspect as command
 
-    command(
-        target,
-        other,
-        base=base,
-        left=left,
-        modules=modules or [],
-        json=json,
-        output=output,
-        overwrite=overwrite,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    common = {"overwrite": overwrite, "offline": offline, "trust_remote_code": trust_remote_code}
+    command(target, other, base=base, left=left, modules=modules or [], json=json, output=output, **common)
 
 
 @app.command()
@@ -278,6 +268,14 @@ def diff(
     from ftkit.commands.diff import diff as command
 
     command(run, other, tolerance=tolerance, ignore=ignore or [], json=json)
+
+
+@app.command()
+def doctor(json: options.Json = False, offline: options.Offline = False) -> None:
+    """Show what this machine has and can do: versions, devices, speed, disk, hub."""
+    from ftkit.commands.doctor import doctor as command
+
+    command(json=json, offline=offline)
 
 
 @app.command()

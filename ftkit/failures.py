@@ -17,7 +17,6 @@ from ftkit.errors import FtkitError, OutOfMemoryError, StorageError, UserError
 
 LATER_VERBS = {
     "chat": "export the model with `ftkit export` and serve it with any tool",
-    "doctor": "see environment.json in a run's directory",
     "verify": "resume with `ftkit train RECIPE --resume`, which takes verified checkpoints only",
 }
 """Verbs of later versions -> what to do until then."""

@@ -30,6 +30,7 @@ LAYERS = (
     "training",
     "estimate",
     "draft",
+    "machine",
     "artifacts",
     "commands",
     "failures",

@@ -41,8 +41,9 @@ def test_the_tables_list_every_option_and_no_other() -> None:
 
 
 def test_common_options_belong_to_the_verbs_that_are_said_to_have_them() -> None:
+    without = {"diff": COMMON, "schema": COMMON, "doctor": {"--trust-remote-code"}}
     for verb, known in options().items():
-        assert (known & COMMON) >= (set() if verb in ("diff", "schema") else COMMON - {"--overwrite"}), verb
+        assert (known & COMMON) >= COMMON - {"--overwrite"} - without.get(verb, set()), verb
         assert ("--overwrite" in known) == (verb in ("init", "train", "merge", "export", "inspect")), verb
 
 

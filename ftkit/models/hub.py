@@ -49,6 +49,9 @@ SMALL_FILES += [*PROCESSOR_PATTERNS, PROCESSOR_TEMPLATE_NAME]
 REQUEST_TIMEOUT = 10.0
 """Seconds until a request without an answer counts as a network error."""
 
+PUBLIC_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the hub is asked for to see that it answers."""
+
 BAD_TOKEN = "Invalid credentials in Authorization header"
 """The hub's words for a token that is not valid."""
 
@@ -121,6 +124,22 @@ def fetch_tokenizer(repo_id: str, *, code: bool, offline: bool) -> Path:
     local = offline or is_offline_mode()
     with hub_errors(repo_id, None), disable_progress_bars():
         return Path(snapshot_download(repo_id, allow_patterns=patterns, local_files_only=local))
+
+
+def reach_hub() -> str:
+    """Ask the hub for a public model; in words, who it takes us for.
+
+    Raises:
+        NetworkError: it does not answer, or the network is switched off.
+        UserError: the token is refused.
+    """
+    if is_offline_mode():
+        raise NetworkError("HF_HUB_OFFLINE is set", how="unset it")
+    with hub_errors(PUBLIC_MODEL, None):
+        HfApi().model_info(PUBLIC_MODEL, timeout=REQUEST_TIMEOUT)
+        if get_token() is None:
+            return "without a token: gated models want HF_TOKEN"
+        return f"with the token of {HfApi().whoami()['name']}"
 
 
 def _resolve_online(repo_id: str, revision: str | None) -> str:
