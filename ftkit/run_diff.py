@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ftkit.errors import UserError
+from ftkit.figures import loss_figures
 from ftkit.models.files import hash_files
 from ftkit.runs import ENVIRONMENT, METRICS, RECIPE, VALIDATION, result_of
 
@@ -81,7 +82,7 @@ def _held_back(run: Path) -> dict[str, list[Any]]:
 
 def _losses(first: Path, second: Path, tolerance: float) -> Iterator[Difference]:
     """The first step at which a figure differs, for each figure, and by how much it does at most."""
-    mine, other = (_figures(run / METRICS) for run in (first, second))
+    mine, other = (loss_figures(run / METRICS) for run in (first, second))
     for name in dict.fromkeys([*mine, *other]):
         left, right = mine.get(name, {}), other.get(name, {})
         apart = {step: abs(left[step] - right[step]) for step in sorted(left.keys() & right.keys())}
@@ -110,17 +111,6 @@ def _hash_of_result(run: Path) -> str | None:
     """Of the weights that a run handed over, short; None before it has."""
     files = sorted(result_of(run).glob("*.safetensors")) if result_of(run) != run else []
     return hash_files(files)[:19] if files else None
-
-
-def _figures(file: Path) -> dict[str, dict[int, float]]:
-    """Name of a figure -> step -> value; of a step that was run twice, after a resume, the last."""
-    found: dict[str, dict[int, float]] = {}
-    for text in file.read_text("utf-8").splitlines():
-        line = json.loads(text)
-        for name, value in line.items():
-            if name == "loss" or name.startswith("eval_loss"):
-                found.setdefault(name, {})[line["step"]] = float("nan") if value is None else float(value)
-    return found
 
 
 def _between(part: str, mine: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[Difference]:

@@ -25,6 +25,7 @@ LAYERS = (
     "methods",
     "lock",
     "runs",
+    "figures",
     "run_diff",
     "evaluation",
     "training",

@@ -129,6 +129,7 @@ def _train_as(
     world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
 ) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
+    from ftkit.figures import curves
     from ftkit.runs import LOG, METRICS, MetricsFile
     from ftkit.training.build import build
     from ftkit.training.result import publish_result
@@ -185,6 +186,8 @@ def _train_as(
     def publish() -> None:
         result = publish_result(start.run, built.state, prepared=prepared, method=built.method, model=built.model)
         console.line()
+        for curve in curves(start.run / METRICS):
+            console.line(curve)
         console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
         for command in result.next_commands:
             console.line(f"  {command}")
