@@ -13,8 +13,10 @@ import yaml
 
 from ftkit.console import Console, human_bytes, human_count
 from ftkit.data.corpus import Corpus
+from ftkit.data.formats import suggested
 from ftkit.data.split import SAYS_THE_SAME
 from ftkit.data.types import Conversation
+from ftkit.errors import UserError
 from ftkit.estimate import ModelEstimate, estimate_model
 from ftkit.recipe.load import LoadedRecipe, load_recipe
 from ftkit.recipe.schema import METHOD_DEFAULTS
@@ -92,12 +94,24 @@ def draft(
         FtkitError: the model or the data cannot be had or read.
     """
     keys = {"offline": offline, "trust_remote_code": trust_remote_code}
-    section: dict[str, Any] = {"type": method}
-    first = _load(directory, {"base_model": base_model, "data": {"train": [{"path": data}]}, "method": section})
+    section, dataset = {"type": method}, {"path": data}
+    first = _load(directory, {"base_model": base_model, "data": {"train": [dataset]}, "method": section})
     context = _context(prepare_model(first, **keys).config)
-    whole = {"train": [{"path": data}], "max_length": context, "val_size": 0, "deduplicate": True}
-    looked_at = {"base_model": base_model, "data": whole, "method": section, "training": {"num_train_epochs": 1}}
-    prepared = prepare(_load(directory, looked_at), console, **keys)
+
+    def read(dataset: dict[str, Any]) -> Prepared:
+        whole = {"train": [dataset], "max_length": context, "val_size": 0, "deduplicate": True}
+        looked_at = {"base_model": base_model, "data": whole, "method": section, "training": {"num_train_epochs": 1}}
+        return prepare(_load(directory, looked_at), console, **keys)
+
+    try:
+        prepared = read(dataset)
+    except UserError as error:
+        # Columns of other names: what the error proposes is what its reader would write.
+        proposed = suggested(error.problems[0].how or "") if len(error.problems) == 1 else None
+        if proposed is None:
+            raise
+        dataset |= proposed
+        prepared = read(dataset)
     facts = look_at(prepared)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +128,7 @@ def draft(
             f"there are {human_bytes(memory)} of memory: choose a smaller --model"
             + (", or --method lora" if method == "full" else "")
         )
-    text = _write(data, base_model, method, model, facts, context, size, memory, device)
+    text = _write(dataset, base_model, method, model, facts, context, size, memory, device)
     if prepared.template.warning:
         warnings.append(prepared.template.warning)
     return Draft(text, facts, tuple(warnings))
@@ -176,7 +190,7 @@ def _memory(device: torch.device) -> int:
 
 
 def _write(
-    data: str,
+    dataset: dict[str, Any],
     base_model: str,
     method: str,
     model: dict[str, Any],
@@ -213,7 +227,8 @@ def _write(
         _line("val_size", validation, held_back),
         *([_line("deduplicate", "true", f"{facts.repeated:,} rows say the same as another")] if facts.repeated else []),
         "  train:",
-        f"    - path: {_scalar(data)}",
+        f"    - path: {_scalar(dataset['path'])}",
+        *_columns(dataset),
         "",
         "method:",
         f"  type: {method}",
@@ -230,6 +245,14 @@ def _write(
         ),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _columns(dataset: dict[str, Any]) -> list[str]:
+    """Lines of a data set whose columns have other names than the format's."""
+    if "columns" not in dataset:
+        return []
+    pairs = ", ".join(f"{ours}: {_scalar(theirs)}" for ours, theirs in dataset["columns"].items())
+    return [f"      format: {dataset['format']}", f"      columns: {{{pairs}}}   # by their names: check them"]
 
 
 def _shares(rows: int, method: str) -> tuple[int, int, int]:

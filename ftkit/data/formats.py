@@ -4,6 +4,7 @@ To add a format: one function from a row to a document, and one line in FORMATS.
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -242,6 +243,14 @@ def _suggestion(present: Sequence[str]) -> str:
             return f"set `format: {name}` and `columns: {mapping}`"
     example = present[0] if present else "NAME"
     return f"set `format` and map its columns, e.g. `format: text` with `columns: {{text: {example}}}`"
+
+
+def suggested(how: str) -> dict[str, Any] | None:
+    """`format` and `columns` that `_suggestion` proposed in the words `how`; None where it knew none."""
+    match = re.fullmatch(r"set `format: (\w+)` and `columns: \{(.*)\}`", how)
+    if match is None:
+        return None
+    return {"format": match[1], "columns": dict(pair.split(": ", 1) for pair in match[2].split(", "))}
 
 
 def _mapping(name: str, present: Sequence[str]) -> str | None:

@@ -67,6 +67,20 @@ def test_few_rows_are_all_trained_on(place):
     assert (recipe.data.val_size, recipe.training.global_batch_size) == (0, 4)
 
 
+def test_columns_of_other_names_are_mapped(place):
+    rows = [{"question": f"Say {n}.", "context": "", "response": str(n)} for n in range(30)]
+    (place / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    init("rows.jsonl", model="base")
+    dataset = load_recipe(place / "recipe.yaml").recipe.data.train[0]
+    assert dataset.format == "alpaca"
+    columns = dataset.columns.model_dump(exclude_none=True)
+    assert columns == {"instruction": "question", "input": "context", "output": "response"}
+    assert "# by their names: check them" in (place / "recipe.yaml").read_text()
+    (place / "rows.jsonl").write_text(json.dumps({"zzz": 1, "yyy": 2}) + "\n")
+    with pytest.raises(UserError, match="fits no format"):
+        init("rows.jsonl", model="base", overwrite=True)
+
+
 def test_turns_and_systems_are_counted(place, capsys):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": [{"role": "system", "content": "s"}, *turns]}, {"messages": turns * 3}]
