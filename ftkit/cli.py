@@ -210,7 +210,10 @@ def export(
     target: options.Target,
     format: Annotated[
         str,
-        typer.Option(metavar="FORMAT", help="hf: a directory for transformers and servers; adapter: peft's files."),
+        typer.Option(
+            metavar="FORMAT",
+            help="hf: a directory for transformers and servers; gguf: llama.cpp's file; adapter: peft's files.",
+        ),
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/export.")] = None,
     dtype: options.Dtype = None,

@@ -36,7 +36,8 @@ RemoteCode = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        metavar="float32|bfloat16|float16", help="Precision of the written weights; default as the base stores them."
+        metavar="float32|bfloat16|float16",
+        help="Precision of the written weights; default as the base stores them. q8_0 for --format gguf.",
     ),
 ]
 NumProcesses = Annotated[

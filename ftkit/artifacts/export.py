@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from ftkit.artifacts.export_adapter import export_adapter
+from ftkit.artifacts.export_gguf import export_gguf
 from ftkit.artifacts.export_hf import export_hf
 from ftkit.errors import UserError
 from ftkit.runs import Target
@@ -30,10 +31,10 @@ class Exporter(Protocol):
         """
 
 
-EXPORTERS: dict[str, Exporter] = {"hf": export_hf, "adapter": export_adapter}
+EXPORTERS: dict[str, Exporter] = {"hf": export_hf, "adapter": export_adapter, "gguf": export_gguf}
 """`--format` -> what writes it."""
 
-LATER = ("gguf", "onnx")
+LATER = ("onnx",)
 
 
 def find_exporter(name: str) -> Exporter:

