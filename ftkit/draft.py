@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -118,9 +119,9 @@ def draft(
     memory, warnings = _memory(device), []
     model: dict[str, Any] = {}
     size = estimate_model(prepare_model(first, **keys), device)
-    if size.memory_bytes.total > COMFORTABLE * memory and method != "full" and device.type == "cuda":
+    if size.memory_bytes.total > COMFORTABLE * memory and method != "full" and find_spec("bitsandbytes"):
         model = {"quantization": "nf4"}
-        quantized = {"base_model": base_model, "model": model, "data": {"train": [{"path": data}]}, "method": section}
+        quantized = {"base_model": base_model, "model": model, "data": {"train": [dataset]}, "method": section}
         size = estimate_model(prepare_model(_load(directory, quantized), **keys), device)
     if size.memory_bytes.total > COMFORTABLE * memory:
         warnings.append(
@@ -218,7 +219,7 @@ def _write(
         f"base_model: {_scalar(base_model)}",
         "",
         *(
-            ["model:", _line("quantization", model["quantization"], "so that it fits into this GPU"), ""]
+            ["model:", _line("quantization", model["quantization"], "frozen layers in 4 bits, so that it fits"), ""]
             if model
             else []
         ),

@@ -1,16 +1,16 @@
 """Where two runs part: recipe, data, environment, losses, weights. What `ftkit diff` prints."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ftkit.errors import UserError
 from ftkit.figures import loss_figures
 from ftkit.models.files import hash_files
+from ftkit.recipe.marked_yaml import read_yaml
 from ftkit.runs import ENVIRONMENT, METRICS, RECIPE, VALIDATION, result_of
 
 PARTS = ("recipe", "data", "environment", "loss", "weights")
@@ -51,7 +51,7 @@ def differences(first: Path, second: Path, *, tolerance: float = 0.0) -> list[Di
 
 
 def _recipes(first: Path, second: Path) -> Iterator[Difference]:
-    mine, other = (dict(_flat(yaml.safe_load((run / RECIPE).read_text("utf-8")))) for run in (first, second))
+    mine, other = (dict(_flat(read_yaml(run / RECIPE)[0])) for run in (first, second))
     for key in _PLACES:
         mine.pop(key, None)
         other.pop(key, None)
@@ -90,7 +90,7 @@ def _losses(first: Path, second: Path, tolerance: float) -> Iterator[Difference]
         parted = [
             step
             for step, by in apart.items()
-            if not by <= tolerance and not (left[step] != left[step] and right[step] != right[step])
+            if not by <= tolerance and not (math.isnan(left[step]) and math.isnan(right[step]))
         ]
         if parted:
             worst = max(parted, key=lambda step: apart[step])

@@ -28,10 +28,11 @@ CONVERTER = "convert_hf_to_gguf"
 KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 """Names of precisions in a GGUF file."""
 Q8_0 = "q8_0"
-HALF_STEPS = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8}
-"""Largest rounding error, as a share of the value."""
-Q8_0_ERROR = 1 / 254 + 2**-11
-"""Largest error as a share of the largest of 32 values: half a step of 127, and the rounding of their float16 scale."""
+HALF_STEPS = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, Q8_0: 2**-8}
+"""Largest rounding error, as a share of the value; of q8_0 that of what it does not keep in 8 bits."""
+Q8_0_BLOCK, Q8_0_ERROR = 32, 1 / 254 + 2**-11
+"""Values that share a scale, and the largest error as a share of the largest of them: half a step of 127, and the
+rounding of their float16 scale."""
 
 
 def export_gguf(
@@ -94,8 +95,10 @@ def check_gguf(file: Path, source: Path, kind: str) -> None:
 
 def _is_near(written: Tensor, weight: Tensor, kind: str) -> bool:
     gap = (written - weight).abs()
-    if kind == Q8_0:
-        return bool((gap <= weight.abs().max() * Q8_0_ERROR).all())
+    if kind == Q8_0 and weight.ndim == 2 and weight.shape[-1] % Q8_0_BLOCK == 0:
+        # Rows are kept in blocks; what cannot be cut into them is kept in 16 bits.
+        largest = weight.unflatten(-1, (-1, Q8_0_BLOCK)).abs().amax(-1, keepdim=True)
+        return bool((gap.unflatten(-1, (-1, Q8_0_BLOCK)) <= largest * Q8_0_ERROR + 2**-24).all())
     # Below 2**-24 float16 has no values.
     return bool((gap <= weight.abs() * HALF_STEPS[kind] + 2**-24).all())
 

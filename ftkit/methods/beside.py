@@ -72,8 +72,8 @@ def save_beside(model: PreTrainedModel, parent: Path, identity: BaseIdentity, st
 
 def prompt_beside(adapter: Path) -> Path | None:
     """The prompt that lies beside an adapter, in a run or a checkpoint, or inside its directory, in an export."""
-    places = (adapter / DIRECTORY, adapter.with_name(DIRECTORY))
-    return next((place for place in places if place != adapter and (place / CONFIG_NAME).is_file()), None)
+    sibling = adapter.with_name(DIRECTORY)
+    return prompt_inside(adapter) or (sibling if sibling != adapter and (sibling / CONFIG_NAME).is_file() else None)
 
 
 def prompt_inside(adapter: Path) -> Path | None:

@@ -78,6 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows_KD: Tensor | None,
         ids_K: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """The loss, and its sums by data set; arguments as `chunked_cross_entropy` has them."""
         needs_hidden, needs_weight, needs_bias = (needs_grad and needs for needs in ctx.needs_input_grad[:3])
         dtype = hidden_ND.dtype
         cast_VD, cast_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)

@@ -20,7 +20,6 @@ from ftkit.recipe.problems import validate
 MISSING: Any = object()
 AXOLOTL, LLAMA_FACTORY, TRL = "axolotl", "LLaMA-Factory", "TRL"
 _BATCHES = ("micro_batch_size", "per_device_train_batch_size", "batch_size", "train_batch_size")
-_METHODS = {"bottleneck": "adapter", None: "full"}
 _AXOLOTL_TYPES = {"chat_template": "messages", "chat_template.default": "messages", "completion": "text"}
 _AXOLOTL_NAMES = {"name": "subset", "data_files": "path"}
 _FACTORY_COLUMNS = {
@@ -31,8 +30,9 @@ _FACTORY_COLUMNS = {
     "system": "system",
     "tools": "tools",
 }
-_KEPT = {"path", "format", "split", "subset", "columns", "max_samples", "name", "weight"}
-_KEPT |= {name for name in ("type", "field_messages", "field_instruction", "field_input", "field_output")}
+_KEPT = {"path", "format", "split", "subset", "columns", "max_samples", "name", "weight", "type"}
+_KEPT |= {"field_messages", "field_instruction", "field_input", "field_output"}
+"""Keys of a data set in axolotl's list that recipes have, or know as other names of theirs."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ def _datasets(raw: dict[str, Any], tool: str, path: Path, left: list[Problem]) -
     listed = raw.pop("datasets", None)
     if not isinstance(listed, list):
         return []
-    return [_axolotl_dataset(entry, index, left) for index, entry in enumerate(listed) if isinstance(entry, dict)]
+    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in listed]
+    return [_axolotl_dataset(entry, index, left) for index, entry in enumerate(entries)]
 
 
 def _axolotl_dataset(entry: Mapping[str, Any], index: int, left: list[Problem]) -> dict[str, Any]:
@@ -134,7 +135,10 @@ def _factory_dataset(name: str, directory: Path, path: Path, left: list[Problem]
         how = f"put dataset_info.json into {directory}, or write the file or hub id in data.train.0.path"
         left.append(_not(("dataset",), f"there is no dataset_info.json that says what {name} is", how))
         return {"path": name}
-    info = json.loads(info_file.read_text("utf-8")).get(name, {})
+    info = _read_info(info_file).get(name)
+    if not isinstance(info, dict):
+        left.append(_not(("dataset",), f"{info_file} does not say what {name} is", "write the file or hub id in path"))
+        return {"path": name}
     found: dict[str, Any] = {"path": info.get("hf_hub_url") or str(info_file.parent / info.get("file_name", name))}
     found |= {ours: info[theirs] for theirs, ours in {"subset": "subset", "split": "split"}.items() if info.get(theirs)}
     found |= {"max_samples": info["num_samples"]} if info.get("num_samples") else {}
@@ -151,17 +155,25 @@ def _factory_dataset(name: str, directory: Path, path: Path, left: list[Problem]
     return found
 
 
+def _read_info(file: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"is not valid JSON ({error})", how="correct it", where=str(file)) from None
+    return known if isinstance(known, dict) else {}
+
+
 def _batch(raw: dict[str, Any], left: list[Problem]) -> None:
     """Per device times accumulation steps, for one device."""
-    given = [name for name in _BATCHES if raw.get(name) is not None]
-    steps = raw.pop("gradient_accumulation_steps", None)
-    if not given:
-        return
-    each = raw.pop(given[0])
-    if isinstance(each, int) and isinstance(steps, int | None):
-        raw.setdefault("training", {})["global_batch_size"] = each * (steps or 1)
-        what = f"{each} a device x {steps or 1} steps is a global batch of {each * (steps or 1)} on one device"
-        left.append(_not((given[0],), what, "multiply training.global_batch_size by the devices that you used"))
+    name = next((name for name in _BATCHES if isinstance(raw.get(name), int)), None)
+    steps = raw.get("gradient_accumulation_steps") or 1
+    if name is None or not isinstance(steps, int):
+        return  # What is there is told as any other key that recipes have not.
+    each = raw.pop(name)
+    raw.pop("gradient_accumulation_steps", None)
+    raw.setdefault("training", {})["global_batch_size"] = each * steps
+    what = f"{each} a device x {steps} steps is a global batch of {each * steps} on one device"
+    left.append(_not((name,), what, "multiply training.global_batch_size by the devices that you used"))
 
 
 def _often(raw: dict[str, Any]) -> None:
@@ -183,7 +195,8 @@ def _method(raw: dict[str, Any], tool: str) -> None:
         section["type"] = raw.pop("adapter", None) or "full"
     else:
         section["type"] = raw.pop("finetuning_type", "lora")
-        raw.pop("stage", None)
+        if raw.get("stage") == "sft":
+            del raw["stage"]
     if section["type"] == "qlora":
         section["type"] = "lora"
         if not {"load_in_4bit", "quantization_bit"} & raw.keys():

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from ftkit.commands.init import init
 from ftkit.commands.train import train
+from ftkit.draft import COMFORTABLE
 from ftkit.errors import UserError
+from ftkit.estimate import estimate_model
 from ftkit.recipe.load import load_recipe
+from ftkit.training.prepare import prepare_model
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import losses, write_rows
 
@@ -98,6 +102,22 @@ def test_a_model_that_does_not_fit_is_told(place, monkeypatch, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "choose a smaller --model, or --method lora" in shown
     assert load_recipe(place / "recipe.yaml").recipe.training.gradient_checkpointing is True
+
+
+def test_what_fits_in_four_bits_only_is_kept_in_four_bits(place, monkeypatch, capsys):
+    init("rows.jsonl", model="base", output=place / "plain.yaml")
+    plain = load_recipe(place / "plain.yaml")
+    whole, quantized = (
+        estimate_model(prepare_model(loaded, offline=True, trust_remote_code=False), torch.device("cpu")).memory_bytes
+        for loaded in (plain, load_recipe(place / "plain.yaml", ["model.quantization=nf4"]))
+    )
+    monkeypatch.setattr("ftkit.draft._memory", lambda device: (whole.total + quantized.total) / 2 / COMFORTABLE)
+    capsys.readouterr()
+    init("rows.jsonl", model="base")
+    assert "choose a smaller" not in capsys.readouterr().out
+    assert load_recipe(place / "recipe.yaml").recipe.model.quantization == "nf4"
+    train(place / "recipe.yaml", ["training.max_steps=2"])
+    assert len(losses(place / "runs" / "recipe-1")) == 2
 
 
 def test_a_configuration_becomes_a_recipe_that_trains(place, capsys):

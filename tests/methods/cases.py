@@ -1,7 +1,7 @@
 """What the tests of all methods share: sections, inputs, a loss."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ftkit.methods.table import METHODS
+from ftkit.models.precision import compute_in
 from ftkit.models.soft_prompt import prompt_ids
 from ftkit.recipe.schema import (
     AdapterMethod,
@@ -59,6 +60,15 @@ def section_of(architecture: str, case: str) -> Section:
     plain = section.init != "pissa" and not section.dora
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     return section.model_copy(update={"targets": attention, "target_parameters": EXPERTS if plain else ()})
+
+
+def computing(architecture: str, dtype: torch.dtype, change: Callable[[PreTrainedModel], object]) -> PreTrainedModel:
+    """A tiny model with a base in `dtype`, as a run has it after `change`: what trains is cast where it is used."""
+    model = tiny_model(architecture).to(dtype)
+    change(model)
+    if dtype != torch.float32:
+        compute_in(model, dtype)
+    return model
 
 
 def method_of(case: str):
@@ -122,9 +132,13 @@ def batches(count: int) -> Iterator[Tensor]:
 def main(directory: Path) -> None:
     """A line for every case that was saved under `directory`: whether its logits are those saved beside it."""
     for architecture, case in CASES:
-        model, saved = tiny_model(architecture), directory / architecture / case
-        method_of(case).load(model, saved)
-        print("equal" if torch.equal(logits(model), torch.load(saved / "logits.pt")) else f"{architecture}-{case}")
+        for dtype in (torch.float32, torch.bfloat16):
+            saved = directory / str(dtype) / architecture / case
+            model = computing(
+                architecture, dtype, lambda fresh, case=case, saved=saved: method_of(case).load(fresh, saved)
+            )
+            equal = torch.equal(logits(model), torch.load(saved / "logits.pt"))
+            print("equal" if equal else f"{architecture}-{case}-{dtype}")
 
 
 if __name__ == "__main__":

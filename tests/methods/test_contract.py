@@ -4,6 +4,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -16,7 +17,19 @@ from ftkit.methods.table import METHODS
 from ftkit.models.architecture import key_value_shape, linear_modules, linear_shape, norm_modules, stacked_experts
 from ftkit.models.precision import compute_in
 from ftkit.recipe.schema import Method
-from tests.methods.cases import CASES, REFUSED, SECTIONS, applied, logits, loss, method_of, perturb, section_of, trained
+from tests.methods.cases import (
+    CASES,
+    REFUSED,
+    SECTIONS,
+    applied,
+    computing,
+    logits,
+    loss,
+    method_of,
+    perturb,
+    section_of,
+    trained,
+)
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 IDENTITY = BaseIdentity("org/base", "abc", "sha256:0")
@@ -375,13 +388,8 @@ def test_in_bfloat16_it_starts_loads_and_merges_too(architecture, case, tmp_path
     """What a run computes: a frozen bfloat16 base, float32 masters that are cast where they are used."""
     method, section = method_of(case), section_of(architecture, case)
 
-    def computing(change):
-        model = tiny_model(architecture).bfloat16()
-        change(model)
-        compute_in(model, torch.bfloat16)
-        return model
-
-    base, model = computing(lambda model: None), computing(lambda model: method.apply(model, section, seed=1))
+    half = partial(computing, architecture, torch.bfloat16)
+    base, model = half(lambda fresh: None), half(lambda fresh: method.apply(fresh, section, seed=1))
 
     def apart(one, other):
         """Share of the largest logit; of most of Mixtral's tokens: for some the router chooses otherwise."""
@@ -394,7 +402,7 @@ def test_in_bfloat16_it_starts_loads_and_merges_too(architecture, case, tmp_path
         assert apart(model, base) <= tolerance
     perturb(model)
     method.save(model, section, tmp_path, IDENTITY)
-    loaded = computing(lambda fresh: method.load(fresh, tmp_path))
+    loaded = half(lambda fresh: method.load(fresh, tmp_path))
     assert torch.equal(logits(loaded), logits(model))
     if method.merge_refusal is not None:
         return
@@ -409,9 +417,15 @@ def test_in_bfloat16_it_starts_loads_and_merges_too(architecture, case, tmp_path
 def test_a_fresh_process_loads_the_same_bits(tmp_path):
     """All cases in one process: starting it costs more than all of them."""
     for architecture, case in CASES:
-        directory, model = tmp_path / architecture / case, applied(architecture, case)
-        perturb(model)
-        method_of(case).save(model, section_of(architecture, case), directory, IDENTITY)
-        torch.save(logits(model), directory / "logits.pt")
+        for dtype in (torch.float32, torch.bfloat16):
+            directory, section = tmp_path / str(dtype) / architecture / case, section_of(architecture, case)
+            model = computing(
+                architecture,
+                dtype,
+                lambda fresh, case=case, section=section: method_of(case).apply(fresh, section, seed=1),
+            )
+            perturb(model)
+            method_of(case).save(model, section, directory, IDENTITY)
+            torch.save(logits(model), directory / "logits.pt")
     done = subprocess.run([sys.executable, "-m", "tests.methods.cases", str(tmp_path)], text=True, capture_output=True)
-    assert (done.returncode, done.stdout.split()) == (0, ["equal"] * len(CASES)), done.stderr
+    assert (done.returncode, done.stdout.split()) == (0, ["equal"] * 2 * len(CASES)), done.stderr

@@ -166,6 +166,23 @@ def test_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
     assert left_out(found) == {"per_device_train_batch_size", "template", "overwrite_output_dir"}
 
 
+def test_nothing_is_dropped_without_a_word(tmp_path: Path) -> None:
+    preferences = translated(tmp_path, FACTORY.replace("stage: sft", "stage: dpo"))
+    assert "stage" in left_out(preferences)
+    odd = FACTORY.replace("per_device_train_batch_size: 1", "per_device_train_batch_size: many")
+    assert {"per_device_train_batch_size", "gradient_accumulation_steps"} <= left_out(translated(tmp_path, odd))
+    found = translated(tmp_path, "base_model: org/model\ndatasets: [org/rows]\n")
+    assert found.recipe["data"]["train"] == [{"path": "org/rows"}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text('{"other": {}}')
+    unknown = translated(tmp_path, FACTORY)
+    assert unknown.recipe["data"]["train"] == [{"path": "mine"}, {"path": "talks"}]
+    assert any("does not say what talks is" in str(problem) for problem in unknown.left_out)
+    (tmp_path / "data" / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match=r"dataset_info\.json: is not valid JSON"):
+        translated(tmp_path, FACTORY)
+
+
 def test_without_the_table_of_data_sets_their_names_are_kept(tmp_path: Path) -> None:
     found = translated(tmp_path, FACTORY)
     assert found.recipe["data"]["train"] == [{"path": "mine"}, {"path": "talks"}]
