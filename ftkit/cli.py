@@ -55,9 +55,7 @@ def train(
     recipe: options.RecipeFile,
     overrides: options.Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run of this recipe.")] = False,
-    checkpoint: Annotated[
-        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on from this checkpoint.")
-    ] = None,
+    checkpoint: options.FromCheckpoint = None,
     overwrite: options.Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan the run, like `ftkit plan`.")] = False,
     offline: options.Offline = False,
@@ -84,9 +82,7 @@ def train(
 
 @app.command()
 def init(
-    source: Annotated[
-        str, typer.Argument(metavar="DATA|CONFIG", help="Data, or a configuration of axolotl, LLaMA-Factory or TRL.")
-    ],
+    source: options.Source,
     model: options.Model = None,
     method: options.MethodName = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
@@ -138,22 +134,11 @@ def preview(
 
 @app.command()
 def merge(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; weight 0.5 adds half, -1 subtracts."),
-    ],
+    adapters: options.Adapters,
     base: options.Base = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/merged, for one adapter.")
-    ] = None,
+    output: options.MergeOutput = None,
     dtype: options.Dtype = None,
-    proof: Annotated[
-        str,
-        typer.Option(
-            metavar="full|modules|none",
-            help="Compare logits of two whole models, outputs of one module after another, or nothing but the files.",
-        ),
-    ] = "full",
+    proof: options.Proof = "full",
     overwrite: options.Overwrite = False,
     onto_stored: options.OntoStored = False,
     offline: options.Offline = False,
@@ -178,12 +163,8 @@ def merge(
 @app.command(name="eval")
 def evaluate(
     target: options.Target,
-    suite: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Tasks to measure; default the run's validation rows.")
-    ] = None,
-    compare: Annotated[
-        list[str] | None, typer.Option(metavar="TARGET", help="Compare with this too; may be repeated.")
-    ] = None,
+    suite: options.Suite = None,
+    compare: options.Compare = None,
     no_compare: Annotated[bool, typer.Option("--no-compare", help="Do not compare a run with its base.")] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many rows a task.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the results as JSON.")] = None,
@@ -208,13 +189,7 @@ def evaluate(
 @app.command()
 def export(
     target: options.Target,
-    format: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT",
-            help="hf: a directory for transformers and servers; gguf: llama.cpp's file; adapter: peft's files.",
-        ),
-    ],
+    format: options.ExportFormat,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/export.")] = None,
     dtype: options.Dtype = None,
     overwrite: options.Overwrite = False,
@@ -231,16 +206,10 @@ def export(
 @app.command()
 def inspect(
     target: Annotated[str, typer.Argument(metavar="ADAPTER|RUN", help="A run, checkpoint, adapter or trained model.")],
-    other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="A second adapter: which directions do they share?")
-    ] = None,
+    other: options.InspectOther = None,
     base: options.Base = None,
-    left: Annotated[
-        bool, typer.Option("--left", help="With OTHER: the directions that updates write to (B), not read (A).")
-    ] = False,
-    modules: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only these, e.g. q_proj; may be repeated.")
-    ] = None,
+    left: options.Left = False,
+    modules: options.Modules = None,
     json: options.Json = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw a heat map.")] = None,
     overwrite: options.Overwrite = False,
@@ -258,13 +227,8 @@ def inspect(
 def diff(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.")],
-    tolerance: Annotated[
-        float,
-        typer.Option(metavar="X", min=0.0, help="How far losses may be apart; above 0 weights are not compared."),
-    ] = 0.0,
-    ignore: Annotated[
-        list[str] | None, typer.Option(metavar="PART", help="recipe, data, environment, loss or weights; repeatable.")
-    ] = None,
+    tolerance: options.Tolerance = 0.0,
+    ignore: options.Ignore = None,
     json: options.Json = False,
 ) -> None:
     """Say where two runs part; exit code 6 if they do."""

@@ -55,3 +55,48 @@ Model = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="The base model: hub id, directory or .gguf file.")
 ]
 MethodName = Annotated[str | None, typer.Option("--method", metavar="M", help="How to train; default lora.")]
+Source = Annotated[
+    str, typer.Argument(metavar="DATA|CONFIG", help="Data, or a configuration of axolotl, LLaMA-Factory or TRL.")
+]
+Adapters = Annotated[
+    list[str],
+    typer.Argument(metavar="ADAPTER[:WEIGHT]...", help="Runs or adapters; weight 0.5 adds half, -1 subtracts."),
+]
+MergeOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default RUN/merged, for one adapter.")
+]
+Proof = Annotated[
+    str,
+    typer.Option(
+        metavar="full|modules|none",
+        help="Compare logits of two whole models, outputs of one module after another, or nothing but the files.",
+    ),
+]
+Suite = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Tasks to measure; default the run's validation rows.")
+]
+Compare = Annotated[list[str] | None, typer.Option(metavar="TARGET", help="Compare with this too; may be repeated.")]
+ExportFormat = Annotated[
+    str,
+    typer.Option(
+        metavar="FORMAT",
+        help="hf: a directory for transformers and servers; gguf: llama.cpp's file; adapter: peft's files.",
+    ),
+]
+InspectOther = Annotated[
+    str | None, typer.Argument(metavar="[OTHER]", help="A second adapter: which directions do they share?")
+]
+Left = Annotated[
+    bool, typer.Option("--left", help="With OTHER: the directions that updates write to (B), not read (A).")
+]
+Modules = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only these, e.g. q_proj; may be repeated.")]
+Tolerance = Annotated[
+    float,
+    typer.Option(metavar="X", min=0.0, help="How far losses may be apart; above 0 weights are not compared."),
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="PART", help="recipe, data, environment, loss or weights; repeatable.")
+]
+FromCheckpoint = Annotated[
+    Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on from this checkpoint.")
+]
