@@ -27,12 +27,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from benchmarks.live_tensors import LiveTensors
 from benchmarks.random_llama import random_llama
 from ftkit.console import Console, human_bytes, make_table
 from ftkit.methods import lora
 from ftkit.methods.files import BaseIdentity
 from ftkit.methods.lora_saved import PREFIX
+from ftkit.models.live_tensors import LiveTensors
 from ftkit.models.precision import compute_in
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.schema import LoraMethod

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.live_tensors import Life, LiveTensors, describe_lives, saved_for_backward
 from ftkit.methods.lora_layer import insert_lora
+from ftkit.models.live_tensors import Life, LiveTensors, describe_lives, saved_for_backward
 from ftkit.models.precision import CastProduct
 
 

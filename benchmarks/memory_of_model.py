@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.live_tensors import Life, LiveTensors
 from benchmarks.random_llama import random_llama
 from ftkit.data.batches import Batch, collate
 from ftkit.data.types import IGNORE, EncodedExample, Example
 from ftkit.methods.table import METHODS
 from ftkit.models.attention import NAME, register
+from ftkit.models.live_tensors import Life, LiveTensors
 from ftkit.models.objective import Objective
 from ftkit.models.precision import compute_in
 from ftkit.recipe.method_schema import AdapterMethod, FullMethod, LoraMethod

@@ -102,6 +102,8 @@ def plan(
     recipe: options.RecipeFile,
     overrides: options.Overrides = None,
     model_only: options.ModelOnly = False,
+    memory: options.DeviceMemory = None,
+    num_processes: options.NumProcesses = None,
     json: options.Json = False,
     offline: options.Offline = False,
     trust_remote_code: options.RemoteCode = False,
@@ -109,8 +111,16 @@ def plan(
     """Show what RECIPE will do and need, without loading weights."""
     from ftkit.commands.plan import plan as command
 
-    common = {"offline": offline, "trust_remote_code": trust_remote_code}
-    command(recipe, overrides or [], model_only=model_only, json=json, **common)
+    command(
+        recipe,
+        overrides or [],
+        model_only=model_only,
+        memory=memory,
+        num_processes=num_processes,
+        json=json,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @app.command()

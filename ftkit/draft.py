@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import yaml
 
@@ -18,7 +17,8 @@ from ftkit.data.formats import suggested
 from ftkit.data.split import SAYS_THE_SAME
 from ftkit.data.types import Conversation
 from ftkit.errors import UserError
-from ftkit.estimate import ModelEstimate, estimate_model
+from ftkit.estimate import Estimator, Place
+from ftkit.fit import Fit, find_fit, free_memory
 from ftkit.recipe.load import LoadedRecipe, load_recipe
 from ftkit.recipe.schema import METHOD_DEFAULTS
 from ftkit.training.prepare import Prepared, prepare, prepare_model
@@ -40,8 +40,6 @@ METHOD_LINES = {
     "prefix": ["  num_virtual_tokens: 20"],
     "llama_adapter": ["  num_virtual_tokens: 10"],
 }
-COMFORTABLE = 0.7
-"""Share of the memory that weights, gradients and optimizer may take: activations come on top."""
 
 
 @dataclass(frozen=True)
@@ -116,20 +114,26 @@ def draft(
     facts = look_at(prepared)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory, warnings = _memory(device), []
+    memory, warnings = free_memory(device), []
     model: dict[str, Any] = {}
-    size = estimate_model(prepare_model(first, **keys), device)
-    if size.memory_bytes.total > COMFORTABLE * memory and method != "full" and find_spec("bitsandbytes"):
+
+    def fitting() -> Fit:
+        """With documents of the length that the recipe will have."""
+        data = {"train": [dataset], "max_length": _max_length(facts, context)}
+        values = {"base_model": base_model, "model": model, "data": data, "method": section}
+        drafted = prepare_model(_load(directory, values), **keys)
+        return find_fit(Estimator(drafted, Place.here(drafted)), memory)
+
+    fit = fitting()
+    if not fit.fits and method != "full" and find_spec("bitsandbytes"):
         model = {"quantization": "nf4"}
-        quantized = {"base_model": base_model, "model": model, "data": {"train": [dataset]}, "method": section}
-        size = estimate_model(prepare_model(_load(directory, quantized), **keys), device)
-    if size.memory_bytes.total > COMFORTABLE * memory:
+        fit = fitting()
+    if not fit.fits:
         warnings.append(
-            f"weights, gradients and optimizer take {human_bytes(size.memory_bytes.total)} before activations, and "
-            f"there are {human_bytes(memory)} of memory: choose a smaller --model"
-            + (", or --method lora" if method == "full" else "")
+            f"a step takes {human_bytes(fit.needed)}, and {human_bytes(memory)} of memory may be filled: choose a "
+            "smaller --model" + (", or --method lora" if method == "full" else "")
         )
-    text = _write(dataset, base_model, method, model, facts, context, size, memory, device)
+    text = _write(dataset, base_model, method, model, facts, context, fit, device)
     if prepared.template.warning:
         warnings.append(prepared.template.warning)
     return Draft(text, facts, tuple(warnings))
@@ -183,11 +187,8 @@ def _context(config: Any) -> int:
     return min(int(known or LONGEST), LONGEST)
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes of the device, or that are free in the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().available)
+def _max_length(facts: DataFacts, context: int) -> int:
+    return min(context, max(2 * STEP, STEP * math.ceil(facts.percentile / STEP)))
 
 
 def _write(
@@ -197,24 +198,22 @@ def _write(
     model: dict[str, Any],
     facts: DataFacts,
     context: int,
-    size: ModelEstimate,
-    memory: int,
+    fit: Fit,
     device: torch.device,
 ) -> str:
-    max_length = min(context, max(2 * STEP, STEP * math.ceil(facts.percentile / STEP)))
+    max_length, size = _max_length(facts, context), fit.estimate
     validation, batch, epochs = _shares(facts.rows, method)
     steps = epochs * math.ceil((facts.rows - validation) / batch)
     kept = f"keeps {100 * KEPT:g}% of the rows whole" if max_length < context else "all that the model reads"
     held_back = "rows held back, never trained on" if validation else "too few rows to hold some back"
-    where = "this GPU has" if device.type == "cuda" else "free on this machine are"
-    checkpointing = size.memory_bytes.total > 0.4 * memory
+    where = "this GPU" if device.type == "cuda" else "this machine"
     lines = [
         f"# Made by `ftkit init` from {facts.rows:,} rows: {facts.kind}.",
         f"# {facts.median:,} tokens in the middle, {facts.percentile:,} at most in {100 * KEPT:g}% of them, "
         f"{facts.longest:,} in the longest; {100 * facts.trained:.0f}% are trained on.",
-        f"# Trains {human_count(size.trainable_parameters)} of {human_count(size.parameters)} parameters: weights, "
-        f"gradients and optimizer take {human_bytes(size.memory_bytes.total)},",
-        f"# activations come on top; {where} {human_bytes(memory)}.",
+        f"# Trains {human_count(size.trainable_parameters)} of {human_count(size.parameters)} parameters. A step takes "
+        f"about {human_bytes(fit.needed)}: {size.micro_batch};",
+        f"# {human_bytes(fit.available)} of {where} may be filled.",
         "",
         f"base_model: {_scalar(base_model)}",
         "",
@@ -239,11 +238,7 @@ def _write(
         _line("num_train_epochs", epochs, f"{steps:,} steps"),
         _line("global_batch_size", batch, "examples an optimizer step, whatever the number of devices"),
         _line("learning_rate", f"{METHOD_DEFAULTS[method]['learning_rate']:g}", "a usual one for this method"),
-        *(
-            [_line("gradient_checkpointing", "true", "recomputes activations: memory is short")]
-            if checkpointing
-            else []
-        ),
+        _line("gradient_checkpointing", "auto", "recomputes activations where memory is short"),
     ]
     return "\n".join(lines) + "\n"
 

@@ -51,6 +51,9 @@ ModelOnly = Annotated[
     bool,
     typer.Option("--model-only", help="Only model and method, from the base's configuration; no data, no weights."),
 ]
+DeviceMemory = Annotated[
+    str | None, typer.Option("--memory", metavar="24GB", help="Of one GPU of another machine, which the run is to fit.")
+]
 Model = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="The base model: hub id, directory or .gguf file.")
 ]

@@ -43,8 +43,8 @@ LOG, VALIDATION = "train.log", "validation.json"
 CHECKPOINTS, ADAPTER, MODEL, MERGED, EXPORT = "checkpoints", "adapter", "model", "merged", "export"
 RESULTS = (ADAPTER, PROMPT, MODEL, MERGED, EXPORT)
 """What follows from the run's weights, and no longer does once it goes on."""
-STEPS, BASE, DATA = "optimizer_steps", "base_model", "data_fingerprint"
-"""Keys of environment.json: the length that the run was planned to, and the `BaseIdentity`."""
+STEPS, BASE, DATA, BUDGET = "optimizer_steps", "base_model", "data_fingerprint", "micro_batch"
+"""Keys of environment.json: the length that the run was planned to, the `BaseIdentity`, the `Budget`."""
 _UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
 """Placeholder of `output_dir` that differs from run to run -> what it is filled with, as a regular expression."""
 _NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
@@ -151,23 +151,24 @@ def find_runs(pattern: str, *, name: str, method: str) -> list[Path]:
 
 def planned_steps(run: Path) -> int | None:
     """Optimizer steps that the run was planned to when it last started; None where it does not say."""
-    steps = _environment(run).get(STEPS)
+    steps = recorded_environment(run).get(STEPS)
     return steps if isinstance(steps, int) else None
 
 
 def recorded_base(run: Path) -> BaseIdentity | None:
     """The base that the run trains on; None where it does not say."""
-    values = _environment(run).get(BASE)
+    values = recorded_environment(run).get(BASE)
     return BaseIdentity(**values) if isinstance(values, dict) else None
 
 
 def recorded_data(run: Path) -> str | None:
     """The fingerprint of the plan that the run was trained by; None where it does not say."""
-    value = _environment(run).get(DATA)
+    value = recorded_environment(run).get(DATA)
     return value if isinstance(value, str) else None
 
 
-def _environment(run: Path) -> dict[str, Any]:
+def recorded_environment(run: Path) -> dict[str, Any]:
+    """environment.json; empty where there is none."""
     path = run / ENVIRONMENT
     return read_json(path) if path.is_file() else {}
 

@@ -30,6 +30,8 @@ LAYERS = (
     "evaluation",
     "training",
     "estimate",
+    "fit",
+    "calibration",
     "draft",
     "machine",
     "artifacts",

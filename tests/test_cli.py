@@ -86,7 +86,8 @@ def test_train_passes_everything_on(calls: list[Any]) -> None:
 
 def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     common = ["--offline", "--trust-remote-code"]
-    assert run(["plan", "r.yaml", "a=b", "--model-only", "--json", *common]) == 0
+    place = ["--memory", "24GB", "--num-processes", "2"]
+    assert run(["plan", "r.yaml", "a=b", "--model-only", *place, "--json", *common]) == 0
     merge = ["merge", "A:-1", "B", "--base", "M", "--output", "o", "--dtype", "bfloat16", "--proof", "modules"]
     assert run([*merge, "--overwrite", "--onto-stored", *common]) == 0
     evaluate = ["eval", "T", "--suite", "s", "--compare", "a", "--compare", "b", "--no-compare", "--limit", "3"]
@@ -112,7 +113,11 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
         {"tolerance": 0.5, "ignore": ["data", "loss"], "json": True},
     )
     assert calls == [
-        ("plan", (Path("r.yaml"), ["a=b"]), {"model_only": True, "json": True, **on}),
+        (
+            "plan",
+            (Path("r.yaml"), ["a=b"]),
+            {"model_only": True, "memory": "24GB", "num_processes": 2, "json": True, **on},
+        ),
         (
             "merge",
             (["A:-1", "B"],),

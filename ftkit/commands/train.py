@@ -130,8 +130,10 @@ def _train_as(
 ) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
     from ftkit.figures import curves
+    from ftkit.fit import choose_layout, settle_by_trial
     from ftkit.runs import LOG, METRICS, MetricsFile
-    from ftkit.training.build import build
+    from ftkit.training.budget import read_budget
+    from ftkit.training.build import build, isolate
     from ftkit.training.result import publish_result
     from ftkit.training.start import Start, begin, find_start, give_up
 
@@ -158,10 +160,15 @@ def _train_as(
         return
     console.open_log(start.run / LOG, rank=world.rank)
 
-    # 3. Weights, method, proof of isolation, optimizer.
+    # 3. How micro-batches are cut so that they fit; weights, method, optimizer; on a GPU a trial of the fullest batch.
     metrics = MetricsFile(start.run / METRICS)
     try:
-        built = build(prepared, world, console, metrics=metrics, run=start.run, checkpoint=start.checkpoint)
+        before = read_budget(start.run) if start.checkpoint is not None else None
+        layout = choose_layout(prepared, world, isolate(prepared, world.device), before)
+        built = build(
+            prepared, world, console, layout=layout, metrics=metrics, run=start.run, checkpoint=start.checkpoint
+        )
+        built = settle_by_trial(built, prepared, world)
     except BaseException:
         # Also Ctrl-C and bugs: an empty directory would be in the way of the next try.
         console.close_log()
@@ -201,6 +208,7 @@ def _write_records(
     """recipe.yaml, environment.json and validation.json; metrics.jsonl cut back to what the checkpoint had seen."""
     from ftkit.runs import (
         BASE,
+        BUDGET,
         DATA,
         ENVIRONMENT,
         RECIPE,
@@ -223,5 +231,6 @@ def _write_records(
         describe_environment(built.loop.world.device, built.loop.world.size)
         | {"seed": prepared.recipe.seed, DATA: prepared.plan.fingerprint}
         | {STEPS: len(prepared.plan.steps)}
-        | {BASE: asdict(built.identity), "precision": built.precision, "packing": built.isolation.reason},
+        | {BASE: asdict(built.identity), "precision": built.precision, "packing": built.layout.isolation.reason}
+        | {BUDGET: asdict(built.layout.budget)},
     )

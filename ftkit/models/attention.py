@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout as drop
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
@@ -191,7 +190,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float 
     shares = mask is None and k.shape[-1] == v.shape[-1] <= 256 and not (q.is_cuda and q.dtype == torch.float32)
     if grouped and not shares:
         k, v, grouped = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1]), False
-    return scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
 
@@ -216,7 +215,7 @@ def _explicit(
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)[..., :keys]
-    return drop(weights, dropout) @ _repeat_heads(v, num_heads)
+    return functional.dropout(weights, dropout) @ _repeat_heads(v, num_heads)
 
 
 def _seen(length: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -40,13 +40,16 @@ class LossSums(NamedTuple):
 class Objective(nn.Module):
     """The model and its loss: backbone, head at the target positions, cross-entropy summed over the targets."""
 
-    def __init__(self, model: PreTrainedModel, *, num_datasets: int, packed_attention: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, num_datasets: int, packed_attention: bool, head: Head | None = None
+    ) -> None:
         """
         Args:
             model: with its method applied and its precision set, not sharded yet.
             num_datasets: length of `LossSums.by_dataset`.
             packed_attention: whether the model's attention takes document bounds (`attn_implementation="ftkit"`).
                 Where it does not, packed batches are told apart by their position_ids alone.
+            head: how logits are made, where it is known already; default to find out.
 
         Raises:
             UserError: a mixture of experts is set to train its router loss, or the head cannot be used.
@@ -58,7 +61,7 @@ class Objective(nn.Module):
         # No module of its own, only references: state dict and sharding see each part once, under `model`.
         self.architecture = describe(model)
         router_note = check_router_loss(model)
-        self.head, head_note = verify_head(model, packed_attention=packed_attention)
+        self.head, head_note = (head, None) if head else verify_head(model, packed_attention=packed_attention)
         self.notes: tuple[str, ...] = tuple(note for note in (head_note, router_note) if note is not None)
         """What a user should know about this model's loss."""
 

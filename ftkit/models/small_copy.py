@@ -26,6 +26,8 @@ EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_
 FEED_FORWARD_KEYS = ("intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "n_inner", "ffn_dim")
 TOP_K_KEYS = ("num_experts_per_tok", "top_k_experts", "moe_top_k", "moe_k", "num_experts_per_token")
 DEPTH_KEYS = ("num_hidden_layers", "depth", "num_layers", "n_layers")
+SHALLOW_VOCABULARY = 32_768
+"""Tokens of a shallow copy: enough for a head's product to be as fast as a whole one's."""
 RANDOM_KEYS = ("drop", "jitter")
 """Parts of the names of settings that make a forward in training mode random."""
 
@@ -118,12 +120,10 @@ def _cut(config: PreTrainedConfig, *, num_layers: int) -> PreTrainedConfig:
 
 
 def _cut_text(small: PreTrainedConfig, *, num_layers: int) -> None:
-    whole = small.num_hidden_layers
     values = small.to_dict()
+    _cut_depth(small, num_layers=num_layers)
     for name, value in values.items():
-        if isinstance(value, list | tuple) and len(value) == whole:
-            setattr(small, name, value[:num_layers])
-        elif name in WINDOW_KEYS and isinstance(value, int):
+        if name in WINDOW_KEYS and isinstance(value, int):
             setattr(small, name, min(WINDOW, value))
         elif name in VOCAB_KEYS and isinstance(value, int):
             setattr(small, name, VOCAB_SIZE)
@@ -131,14 +131,21 @@ def _cut_text(small: PreTrainedConfig, *, num_layers: int) -> None:
             setattr(small, name, min(FEED_FORWARD_WIDTH, value))
         elif isinstance(value, int | float) and any(part in name for part in RANDOM_KEYS):
             setattr(small, name, type(value)(0))
-    small.num_hidden_layers = num_layers
-    if values.get("num_kv_shared_layers"):
-        # Counted from the last layer.
-        small.num_kv_shared_layers = max(0, values["num_kv_shared_layers"] - (whole - num_layers))
     top_k = next((values[name] for name in TOP_K_KEYS if isinstance(values.get(name), int)), 2)
     for name in EXPERT_KEYS:
         if isinstance(values.get(name), int):
             setattr(small, name, min(values[name], max(8, 2 * top_k)))
+
+
+def _cut_depth(text: PreTrainedConfig, *, num_layers: int) -> None:
+    whole = text.num_hidden_layers
+    for name, value in text.to_dict().items():
+        if isinstance(value, list | tuple) and len(value) == whole:
+            setattr(text, name, value[:num_layers])
+    text.num_hidden_layers = num_layers
+    if getattr(text, "num_kv_shared_layers", None):
+        # Counted from the last layer.
+        text.num_kv_shared_layers = max(0, text.num_kv_shared_layers - (whole - num_layers))
 
 
 def _cut_tower(small: PreTrainedConfig) -> None:
@@ -154,3 +161,23 @@ def _add_noise(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         scale = 0.3 if parameter.ndim < 2 else min(0.3, parameter.shape[-1] ** -0.5)
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
+
+
+def shallow(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a model of the same width, with few layers, of every kind, and few tokens.
+
+    At least two layers: the first may have less to do, where its input needs no gradient.
+
+    Raises:
+        Exception: whatever transformers raises on a configuration that does not bear cutting.
+    """
+    cut = _plain(config)
+    text = _text(cut)
+    layers = min(text.num_hidden_layers, max(2, _prefix_with_every_kind(_build(cut, device="meta"), config)))
+    _cut_depth(text, num_layers=layers)
+    for name in VOCAB_KEYS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, min(getattr(text, name), SHALLOW_VOCABULARY))
+    for part in (cut, text):
+        part.pad_token_id, part.bos_token_id, part.eos_token_id = 0, 1, 2
+    return cut

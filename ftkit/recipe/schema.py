@@ -210,7 +210,8 @@ class TrainingSection(Section):
     global_batch_size: PositiveInt = 16
     """Examples an optimizer step, over all devices."""
     max_tokens_per_device: Annotated[int, Field(ge=8)] | Auto = "auto"
-    """Tokens a micro-batch may hold; changes memory and speed, never the gradient."""
+    """Tokens a micro-batch may hold; changes memory and speed, never the gradient. auto: the largest of the longest
+    document, 8192 on a GPU and 2048 on a CPU, halved until a step fits into the memory that is free."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -232,7 +233,8 @@ class TrainingSection(Section):
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this global 2-norm; null turns clipping off."""
     gradient_checkpointing: bool | Auto = "auto"
-    """Recompute each block's activations in the backward pass: less memory, more time."""
+    """Recompute each block's activations in the backward pass: less memory, more time. auto: only where no other
+    budget fits."""
     logging_steps: StepsOrShare | Auto = "auto"
     """Optimizer steps between lines of metrics.jsonl; auto: a hundredth of the run, at least 1, at most 10."""
     eval_steps: StepsOrShare = 0.1

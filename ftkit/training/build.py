@@ -25,6 +25,7 @@ from ftkit.models.soft_prompt import prompt_ids
 from ftkit.models.tokenizer import untrained_tokens
 from ftkit.recipe.schema import Recipe
 from ftkit.runs import MetricsFile, recorded_base
+from ftkit.training.budget import Budget
 from ftkit.training.checkpoint import Checkpoint, load_optimizer, load_random
 from ftkit.training.feed import Feed
 from ftkit.training.loop import Loop
@@ -34,8 +35,14 @@ from ftkit.training.result import result_name
 from ftkit.training.saver import Saver
 from ftkit.training.state import LoopState
 
-TOKENS_ON_GPU, TOKENS_ON_CPU = 8192, 2048
-"""`max_tokens_per_device: auto`, where `max_length` is not larger."""
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples share micro-batches."""
+
+    isolation: Isolation
+    """How documents are kept apart in one, which decides the attention function."""
+    budget: Budget
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Built:
     model: PreTrainedModel
     method: Method
     identity: BaseIdentity
-    isolation: Isolation
+    layout: Layout
     report: Report
     precision: str
     """The precision of each part, in words."""
@@ -63,12 +70,10 @@ class Built:
         if r.places:
             console.line(f"places     {', '.join(r.places)}")
         console.line(f"precision  {self.precision}")
-        console.line(f"packing    {self.isolation.reason}")
+        console.line(f"packing    {self.layout.isolation.reason}")
         world = self.loop.world
         where = f"{world.size} processes" if world.size > 1 else "one process"
-        console.line(
-            f"device     {world.device}, {where}, {human_count(self.loop.feed.max_tokens)} tokens a micro-batch"
-        )
+        console.line(f"device     {world.device}, {where}, {self.layout.budget}")
         for note in self.notes:
             console.line(f"note       {note}")
 
@@ -78,29 +83,22 @@ def build(
     world: World,
     console: Console,
     *,
+    layout: Layout,
     metrics: MetricsFile,
     run: Path,
     checkpoint: Checkpoint | None,
 ) -> Built:
-    """Load the base, apply the method, prove isolation, wrap for the processes at hand and restore the state.
+    """Load the base, apply the method, wrap for the processes at hand and restore the state.
 
     Raises:
-        UserError: targets that match nothing, packing required but not possible, a base that cannot be loaded, or whose
-            weights are not those that the checkpoint was trained on.
+        UserError: targets that match nothing, a base that cannot be loaded, or whose weights are not those that the
+            checkpoint was trained on.
     """
-    recipe, plan = prepared.recipe, prepared.plan
+    recipe, plan, isolation = prepared.recipe, prepared.plan, layout.isolation
     method = METHODS[recipe.method.type]
     compute_dtype, reason = choose_compute_dtype(recipe.model.dtype, world.device)
 
-    # 1. How documents share a row, which decides the attention function.
-    isolation = choose_packing(
-        prepared.config,
-        packing=recipe.data.packing,
-        requested=recipe.model.attn_implementation,
-        device=world.device,
-    )
-
-    # 2. Weights and what trains of them. Every rank draws dropout of its own.
+    # 1. Weights and what trains of them. Every rank draws dropout of its own.
     identity = identify(prepared.base)
     if checkpoint is not None:
         if (trained_on := recorded_base(run)) is not None:
@@ -112,9 +110,10 @@ def build(
     torch.manual_seed(recipe.seed + world.rank)
     counts = report(model, method, beside=state_beside(model, recipe.method))
     sharded = world.size > 1 and recipe.training.parallel == "fsdp"
-    _set_for_training(model, recipe, compute_in_dtype=None if sharded and method.name == "full" else compute_dtype)
+    casts_to = None if sharded and method.name == "full" else compute_dtype
+    set_for_training(model, checkpointing=layout.budget.checkpointing, compute_in_dtype=casts_to)
 
-    # 3. The root module, on its device, for one process or many. A model that is to be sharded waits on the CPU, since
+    # 2. The root module, on its device, for one process or many. A model that is to be sharded waits on the CPU, since
     # one device may not hold it; sharding moves it block by block.
     if not sharded:
         # transformers types its own `to` for quantized models only.
@@ -128,15 +127,15 @@ def build(
         root = world.replicate(objective)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    # 4. Optimizer, the state of the checkpoint, and how the next ones are written.
+    # 3. Optimizer, the state of the checkpoint, and how the next ones are written.
     optimizer = make_optimizer(parameters, recipe.training, partial(_rate_factor, recipe))
     state = LoopState.fresh(len(plan.dataset_names))
     if checkpoint is not None:
         state = _restore(checkpoint, optimizer, parameters, world)
     save = Saver(prepared, world, console, metrics, run, method, model, identity, optimizer, parameters)
 
-    max_tokens, pad, before = tokens_per_device(recipe, world.device), pad_id(prepared.tokenizer), prompt_ids(model)
-    feed = Feed(plan, world, max_tokens, packed=isolation.packed, pad_id=pad, prompt_ids=before)
+    pad, before = pad_id(prepared.tokenizer), prompt_ids(model)
+    feed = Feed(plan, world, layout.budget.max_tokens, packed=isolation.packed, pad_id=pad, prompt_ids=before)
     loop = Loop(
         section=recipe.training,
         plan=plan,
@@ -152,7 +151,19 @@ def build(
     precision = _precision_in_words(counts, compute_dtype, reason)
     own = (*method.notes(model), *notes_beside(recipe.method))
     notes = (*own, *objective.notes, *untrained, *_notes_on_sharing(recipe, world))
-    return Built(loop, state, model, method, identity, isolation, counts, precision, notes)
+    return Built(loop, state, model, method, identity, layout, counts, precision, notes)
+
+
+def isolate(prepared: Prepared, device: torch.device) -> Isolation:
+    """How documents can share a row of this model, by the recipe's `data.packing`.
+
+    Raises:
+        UserError: packing is required and not possible.
+    """
+    recipe = prepared.recipe
+    return choose_packing(
+        prepared.config, packing=recipe.data.packing, requested=recipe.model.attn_implementation, device=device
+    )
 
 
 def _model_with_method(
@@ -178,16 +189,17 @@ def _model_with_method(
     return model
 
 
-def _set_for_training(model: PreTrainedModel, recipe: Recipe, *, compute_in_dtype: torch.dtype | None) -> None:
+def set_for_training(model: PreTrainedModel, *, checkpointing: bool, compute_in_dtype: torch.dtype | None) -> None:
     """Casts where trained weights are used, and checkpointing of activations.
 
     Args:
+        checkpointing: whether the backward pass computes each block's activations again.
         compute_in_dtype: None where every weight trains and is sharded: FSDP's own policy gathers them in the compute
             dtype.
     """
     if compute_in_dtype is not None:
         compute_in(model, compute_in_dtype)
-    if recipe.training.gradient_checkpointing is True:
+    if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     # Not used in training; transformers would refuse to save some that models ship. Ours is written beside.
     model.generation_config = GenerationConfig()
@@ -208,14 +220,6 @@ def _restore(
     load_optimizer(optimizer, parameters, checkpoint.path)
     load_random(checkpoint.path, world)
     return LoopState.from_json(checkpoint.state)
-
-
-def tokens_per_device(recipe: Recipe, device: torch.device) -> int:
-    """The token budget of a micro-batch."""
-    asked = recipe.training.max_tokens_per_device
-    if asked == "auto":
-        return max(recipe.data.max_length, TOKENS_ON_CPU if device.type == "cpu" else TOKENS_ON_GPU)
-    return asked
 
 
 def _notes_on_sharing(recipe: Recipe, world: World) -> tuple[str, ...]:

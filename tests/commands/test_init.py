@@ -3,17 +3,18 @@
 import json
 
 import pytest
-import torch
 
 from ftkit.commands.init import init
 from ftkit.commands.train import train
-from ftkit.draft import COMFORTABLE
 from ftkit.errors import UserError
-from ftkit.estimate import estimate_model
+from ftkit.estimate import Estimator, Place
+from ftkit.fit import find_fit
 from ftkit.recipe.load import load_recipe
 from ftkit.training.prepare import prepare_model
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import losses, write_rows
+
+KEYS = {"offline": True, "trust_remote_code": False}
 
 
 @pytest.fixture
@@ -97,21 +98,21 @@ def test_turns_and_systems_are_counted(place, capsys):
 
 
 def test_a_model_that_does_not_fit_is_told(place, monkeypatch, capsys):
-    monkeypatch.setattr("ftkit.draft._memory", lambda device: 100_000)
+    monkeypatch.setattr("ftkit.draft.free_memory", lambda device: 100_000)
     init("rows.jsonl", model="base", method="full")
     shown = " ".join(capsys.readouterr().out.split())
     assert "choose a smaller --model, or --method lora" in shown
-    assert load_recipe(place / "recipe.yaml").recipe.training.gradient_checkpointing is True
 
 
 def test_what_fits_in_four_bits_only_is_kept_in_four_bits(place, monkeypatch, capsys):
     init("rows.jsonl", model="base", output=place / "plain.yaml")
     plain = load_recipe(place / "plain.yaml")
     whole, quantized = (
-        estimate_model(prepare_model(loaded, offline=True, trust_remote_code=False), torch.device("cpu")).memory_bytes
+        find_fit(Estimator(prepared := prepare_model(loaded, **KEYS), Place.here(prepared)), 0).needed
         for loaded in (plain, load_recipe(place / "plain.yaml", ["model.quantization=nf4"]))
     )
-    monkeypatch.setattr("ftkit.draft._memory", lambda device: (whole.total + quantized.total) / 2 / COMFORTABLE)
+    assert quantized < whole
+    monkeypatch.setattr("ftkit.draft.free_memory", lambda device: (whole + quantized) // 2)
     capsys.readouterr()
     init("rows.jsonl", model="base")
     assert "choose a smaller" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.live_tensors import LiveTensors, describe_lives, saved_for_backward
+from ftkit.models.live_tensors import LiveTensors, describe_lives, saved_for_backward
 
 FLOAT = 4
 

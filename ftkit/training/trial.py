@@ -1,0 +1,45 @@
+"""One step that is made only to see whether it fits into a GPU, and leaves everything as it was."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ftkit.data.batches import Batch
+from ftkit.distributed import World
+
+MOMENTS = 2
+"""float32 tensors that AdamW keeps of each trained parameter."""
+
+
+def step_fits(root: nn.Module, batch: Batch, parameters: Iterable[nn.Parameter], world: World) -> bool:
+    """Whether a micro-batch can be run beside the optimizer's state on every process. A collective.
+
+    Forward and backward without the optimizer's step or a synchronisation; gradients and random state are as before
+    afterwards, but for those that a parameter had: none may be waiting.
+    """
+    trained = list(parameters)
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        failed = world.any(not _runs(root.train(), batch, trained, world))
+    for parameter in trained:
+        parameter.grad = None
+    if devices:
+        # What the allocator keeps of the larger attempt is in pieces of its sizes.
+        torch.cuda.empty_cache()
+    return not failed
+
+
+def _runs(root: nn.Module, batch: Batch, trained: list[nn.Parameter], world: World) -> bool:
+    """Without the error, whose traceback would keep every tensor of the attempt."""
+    try:
+        # They stay from the first step on; a run that goes on has them already, and this counts them twice.
+        state = [torch.empty_like(p, dtype=torch.float32) for p in trained for _ in range(MOMENTS)]
+        with world.gradient_sync(root, sync=False):
+            # Twice: the second micro-batch adds to the gradients of the first.
+            for _ in range(2):
+                root(batch).loss.backward()
+        del state
+    except torch.OutOfMemoryError:
+        return False
+    return True
