@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ftkit.data.batches import Batch, collate
 from ftkit.estimate import Estimator, ModelEstimate, model_on_meta
+from ftkit.fit import free_memory
 from ftkit.models.attention import NAME
 from ftkit.models.objective import Objective
 from ftkit.models.small_copy import shallow
@@ -21,8 +23,12 @@ from ftkit.training.optim import make_optimizer
 from ftkit.training.prepare import Prepared, pad_id
 from ftkit.training.traced import trace_step
 
-SECONDS, TOKENS = 3.0, 4096
-"""Time that is measured for, and the tokens of a micro-batch at most."""
+SECONDS, TOKENS = 3.0, (128, 4096)
+"""Time that is measured for, and the tokens of a micro-batch, at least and at most."""
+ON_CPU = 2.5e11
+"""Operations of one step on a CPU, so that it takes seconds on the slowest."""
+SHARE = 4
+"""The copy's weights may take one in so many bytes of the memory that is free."""
 
 
 def seconds_of(prepared: Prepared, estimator: Estimator, model: ModelEstimate, flops: int | None) -> float | None:
@@ -58,7 +64,9 @@ def _measure(prepared: Prepared, estimator: Estimator, model: ModelEstimate) -> 
 
     few = model_on_meta(cut, place.compute_dtype, isolation.attn_implementation)
     set_for_training(few, checkpointing=model.micro_batch.checkpointing, compute_in_dtype=place.compute_dtype)
-    batch = _batch(cut, estimator, model, prompt_ids(few), few.config.get_text_config(decoder=True).vocab_size)
+    if 4 * few.num_parameters() * SHARE > free_memory(place.device):
+        raise MemoryError("a few layers are too large to be timed")
+    batch = _batch(cut, estimator, model, few)
     traced = trace_step(few, batch.to("meta"), head=estimator.head, packed_attention=packed_attention)
     _materialise(few, place.device)
     batch = batch.to(place.device)
@@ -79,16 +87,18 @@ def _measure(prepared: Prepared, estimator: Estimator, model: ModelEstimate) -> 
     return (flops + traced.flops_per_target * len(batch.target_ids)) / seconds, of_optimizer
 
 
-def _batch(
-    prepared: Prepared, estimator: Estimator, model: ModelEstimate, prompt: tuple[int, ...], vocabulary: int
-) -> Batch:
-    """The plan's fullest micro-batch, with tokens that the copy has."""
+def _batch(prepared: Prepared, estimator: Estimator, model: ModelEstimate, few: PreTrainedModel) -> Batch:
+    """The plan's fullest micro-batch, as far as it can be timed in seconds, with tokens that the copy has."""
     assert estimator.isolation is not None
-    packed = estimator.isolation.packed
+    packed, prompt = estimator.isolation.packed, prompt_ids(few)
+    vocabulary = few.config.get_text_config(decoder=True).vocab_size
+    least, most = TOKENS
+    if estimator.place.device.type == "cpu":
+        most = min(most, max(least, int(ON_CPU / (6 * few.num_parameters()))))
     examples = fullest_batch(
         prepared.plan,
         world_size=estimator.place.processes,
-        max_tokens=min(TOKENS, model.micro_batch.max_tokens),
+        max_tokens=min(most, model.micro_batch.max_tokens),
         packed=packed,
         before_each=len(prompt),
     )
