@@ -2,13 +2,14 @@
 
     python -m benchmarks.what_fits
 
-Nothing is downloaded and no weight is made: the shapes are the published configurations', and `ftkit/estimate.py`, which
-`ftkit plan` asks too, counts. The batch is one document of 2,048 tokens, with gradient checkpointing and bfloat16.
+Nothing is downloaded and no weight is made: the shapes are those of the published configurations, and it is
+`ftkit/estimate.py` that counts, as for `ftkit plan`. The batch is one document of 2,048 tokens, in bfloat16 and with
+gradient checkpointing.
 """
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from ftkit.estimate import estimate_model
+from ftkit.estimate import Memory, estimate_model
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.load import load_recipe
 from ftkit.training.prepare import prepare_model
@@ -40,7 +41,7 @@ SHAPES: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int], bool]] =
     "Qwen 2.5 32B": (_QWEN, (5120, 27648, 64, 40, 8), False),
     "Llama 3.1 70B": (_LLAMA, (8192, 28672, 80, 64, 8), False),
 }
-"""Model -> family, (width, width of feed-forward, layers, heads, heads of keys and values), whether the head is tied."""
+"""Model -> family, (width, width of feed-forward, layers, heads, heads of keys and values), is the head tied?"""
 
 METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"method": {"type": "lora", "rank": 16, "alpha": 32}, "model": {"quantization": "nf4"}},
@@ -109,9 +110,16 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield f"| {row.model} | {row.parameters / 1e9:.2f} B | " + " | ".join(cells) + " |"
 
 
+def caption() -> str:
+    """What is counted, as `ftkit plan` has it."""
+    parts = [field.name for field in fields(Memory)]
+    return f"GiB of {', '.join(parts[:-1])} and {parts[-1]} in a step:"
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the caption and the table."""
     quiet_transformers()
+    print(caption() + "\n")
     print("\n".join(table([measure(model) for model in SHAPES])))
 
 

@@ -1,8 +1,10 @@
-"""Every command in README.md and docs/*.md, run in a sandbox; what cannot run is named, with the reason, in documents/needs.py.
+"""Every command in README.md and docs/*.md, run in a sandbox.
 
-The commands of one document run one after another in one directory, as its reader would type them.
+The commands of one document run one after another in one directory, as its reader would type them. What cannot run here
+is named, with the reason, in documents/needs.py.
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from ftkit.data.phrasings import read_phrasings
 from ftkit.evaluation.schema import SuiteSection
 from ftkit.recipe.load import load_recipe
 from tests.documents.needs import DOCUMENTS as NEEDS
-from tests.documents.needs import EVERYWHERE, Needs
+from tests.documents.needs import EVERYWHERE
 from tests.documents.reading import DOCUMENTS, ROOT, Block, commands, inline_commands, read_blocks
 from tests.documents.sandbox import Sandbox, check_options, parse
 
@@ -63,6 +65,12 @@ def test_every_piece_of_yaml_is_one(block: Block, tmp_path: Path) -> None:
         whole["data"] = {"train": [{"path": "rows.jsonl"}]} | (whole["data"] or {})
         file.write_text(yaml.safe_dump(whole))
         load_recipe(file)
+
+
+def test_the_readme_lists_every_document() -> None:
+    table = DOCUMENTS["README.md"].read_text(encoding="utf-8").split("\n## Documentation\n")[1].split("\n## ")[0]
+    listed = re.findall(r"\]\((docs/[\w.]+)\)", table)
+    assert sorted(listed) == sorted(f"docs/{name}" for name in DOCUMENTS if name != "README.md")
 
 
 def test_what_is_not_run_is_still_there() -> None:

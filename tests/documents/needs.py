@@ -1,8 +1,8 @@
 """What documents need besides what they show, and what of them cannot be run here, with the reason.
 
-A document that needs nothing but the names below has no entry: recipes/, configs/, benchmarks/; tiny models as
-HuggingFaceTB/SmolLM2-135M-Instruct, Qwen/Qwen3-0.6B and SmolLM2-135M-Instruct.Q4_1.gguf; my.jsonl and data/mine.jsonl; and
-the files that it shows itself, in blocks whose first line is ```LANGUAGE FILE.
+A document has no entry if it needs nothing but recipes/, configs/ and benchmarks/; tiny models in the place of
+HuggingFaceTB/SmolLM2-135M-Instruct, Qwen/Qwen3-0.6B and SmolLM2-135M-Instruct.Q4_1.gguf; my.jsonl and data/mine.jsonl;
+and the files that it shows itself, in blocks that begin with ```LANGUAGE FILE.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class Needs:
 
 LIMITS = {
     "train": ("training.max_steps=4", "training.max_tokens_per_device=1024"),
-    "eval": ("--limit", "2"),
+    "eval": ("--limit=2",),
 }
 """Verb -> what is added to its arguments, so that it takes a second; a document's own say wins."""
 
@@ -108,6 +108,11 @@ DOCUMENTS: dict[str, Needs] = {
                 "ftkit merge runs/orders --dtype bfloat16",
             ]
         }
+    ),
+    "several_gpus.md": Needs(
+        not_run={
+            "ftkit train recipes/fsdp.yaml --launch-config": "waits for a second machine; tests/test_launch.py has two",
+        },
     ),
     "other_tools.md": Needs(files={"axolotl.yaml": AXOLOTL}),
 }

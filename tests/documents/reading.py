@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -14,9 +15,11 @@ DOCUMENTS = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "d
 
 SHELLS = ("", "bash", "sh", "shell", "console")
 """Languages of blocks that hold commands, if anything does."""
-PROGRAMS = ("ftkit", "python", "python3", "make", "pip", "hf", "source", "cd", "torchrun", "accelerate", "sbatch", "srun")
-PROGRAMS += ("vllm", "llama-server", "llama-cli", "ollama", "curl", "tensorboard", "wandb", "git", "docker", "export")
-"""What a command begins with, in a block that has no `$ `."""
+PROGRAMS = ("ftkit", "python", "python3", "make", "pip", "hf", "source", "cd", "cp", "export", "bash", "git", "docker")
+PROGRAMS += ("torchrun", "accelerate", "sbatch", "srun", "vllm", "llama-server", "llama-cli", "ollama", "curl")
+PROGRAMS += ("tensorboard", "wandb")
+"""What a command begins with, in a block that has neither `$ ` nor a shell's name: others may be output."""
+_OPERATORS = re.compile(r"""^(?:[^'"|<>;&$*`]|'[^']*'|"[^"$`]*")*[|<>;&$*`]""")
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,21 @@ class Command:
     """What the document says it prints."""
 
     @property
+    def for_a_shell(self) -> bool:
+        """Whether it has pipes, redirections, patterns or the like outside quotes."""
+        return _OPERATORS.match(self.text) is not None
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables that it begins with."""
+        pairs = (word.partition("=") for word in shlex.split(self.text))
+        return {name: value for name, _, value in takewhile(lambda pair: pair[0].isupper() and pair[1], pairs)}
+
+    @property
     def words(self) -> list[str]:
-        """As the shell takes it apart."""
-        return shlex.split(self.text)
+        """As the shell takes it apart, up to a pipe or redirection."""
+        words = shlex.split(self.text)[len(self.variables) :]
+        return [*takewhile(lambda word: word not in ("|", ">", ">>", "<", "&&", ";", "&"), words)]
 
     @property
     def errors(self) -> list[str]:
@@ -90,14 +105,18 @@ def commands(block: Block) -> list[Command]:
     lines = iter(enumerate(block.lines, start=block.line))
     for number, line in lines:
         text = line.removeprefix("$ ") if prompted else line
-        begins = line.startswith("$ ") if prompted else line.split(" ")[0] in PROGRAMS
+        first = re.sub(r"^([A-Z_]+=\S* )*", "", line).split(" ")[0]
+        # A block that says it is a shell's holds nothing else; what it calls is run, or has its reason in needs.py.
+        begins = first in PROGRAMS or (block.language in ("bash", "sh", "shell") and first not in ("", "#"))
+        begins = line.startswith("$ ") if prompted else begins
         if not begins:
             if found and prompted:
                 found[-1] = Command(found[-1].where, found[-1].text, (*found[-1].output, line))
             continue
-        while text.endswith("\\"):
-            text = text[:-1].rstrip() + " " + next(lines)[1].strip()
-        found.append(Command(f"{block.document}:{number}", _without_comment(text)))
+        text = _without_comment(text)
+        while text.endswith("\\") or _is_open(text):
+            text = text.removesuffix("\\").rstrip() + " " + next(lines)[1].strip()
+        found.append(Command(f"{block.document}:{number}", text))
     return found
 
 
@@ -121,6 +140,15 @@ def _workflow_commands(block: Block) -> Iterator[Command]:
 
 def _joined(lines: Sequence[str]) -> list[str]:
     return "\n".join(lines).replace("\\\n", " ").splitlines()
+
+
+def _is_open(text: str) -> bool:
+    """Whether a quoted argument goes on in the next line."""
+    try:
+        shlex.split(text)
+    except ValueError:
+        return True
+    return False
 
 
 def _without_comment(text: str) -> str:

@@ -1,14 +1,15 @@
 """A directory in which the names that documents use exist, with tiny models in the place of those of the hub.
 
-An existing path wins over a hub id, so `HuggingFaceTB/SmolLM2-135M-Instruct` is a directory here. Recipes, launch files and
-benchmarks are the project's own.
+An existing path wins over a hub id, so `HuggingFaceTB/SmolLM2-135M-Instruct` is a directory here. Recipes, launch files
+and benchmarks are the project's own.
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -16,17 +17,16 @@ import typer
 from ftkit.cli import app, run
 from tests.documents.needs import DOCUMENTS, EVERYWHERE, LIMITS, PLACES, PROGRAMS, Needs
 from tests.documents.reading import ROOT, Block, Command, commands
-from tests.models.test_gguf import write_gguf
-from tests.tiny_models import save_tiny, tiny_model
+from tests.tiny_models import byte_fallback_tokenizer, save_tiny, tiny_model
 from tests.tiny_runs import cli_environment, write_rows
 
 LAYERS = 16
 """Documents inspect layer 14 of SmolLM2."""
 MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "HuggingFaceTB/SmolLM2-135M": "llama"}
-MODELS |= {"Qwen/Qwen3-0.6B": "qwen3", "mistralai/Mistral-7B-v0.1": "mistral"}
-"""Hub id -> architecture of `tests/tiny_models.py`."""
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-"""What the quickstart fetches."""
+MODELS |= dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Base", "Qwen/Qwen2.5-7B-Instruct"), "qwen3")
+"""Hub id -> architecture of `tests/tiny_models.py`; the recipes' and those that documents name."""
+GGUF = ("SmolLM2-135M-Instruct.Q4_1.gguf", "runs/models/SmolLM2-135M-Instruct.Q4_1.gguf")
+"""What the quickstart fetches; a directory here, for llama.cpp's converter does not know the tokenizer of our tiny files."""
 ROWS = ("my.jsonl", "data/mine.jsonl", "yahma/alpaca-cleaned/train.jsonl", "mhenrichsen/alpaca_2k_test/train.jsonl")
 """Data in alpaca's form."""
 
@@ -54,15 +54,16 @@ class Sandbox:
         for name in ("recipes", "configs", "benchmarks"):
             shutil.copytree(ROOT / name, directory / name)
         for name, architecture in MODELS.items():
-            size = {} if architecture != "llama" else {"num_hidden_layers": LAYERS, "hidden_size": 64}
-            save_tiny(directory / name, architecture, **size)
-        (directory / "runs" / "models").mkdir(parents=True)
-        write_gguf(directory / GGUF, tiny_model("llama", num_hidden_layers=LAYERS, hidden_size=64))
-        shutil.copy(directory / GGUF, directory / "runs" / "models")
+            if architecture == "llama":
+                save_llama(directory / name)
+            else:
+                save_tiny(directory / name, architecture)
+        for name in GGUF:
+            save_llama(directory / name)
         for name in ROWS:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            # Enough for `init` to hold some back.
-            write_rows(directory / name, 120)
+            # More than any recipe holds back.
+            write_rows(directory / name, 520 if "/" in name else 120)
         for name in {Path(name).parts[0] for name in (*MODELS, *ROWS) if "/" in name and name[0] != "d"}:
             for place in PLACES:
                 (directory / place / name).symlink_to(directory / name)
@@ -98,13 +99,11 @@ class Sandbox:
     def run(self, command: Command) -> None:
         """Run a command; it must end as the document says it does."""
         program, *arguments = command.words
-        if program == "ftkit":
+        if program == "ftkit" and not command.for_a_shell and not command.variables:
             code = run(limited(arguments))
             out, err = self.read_output()
         else:
-            done = subprocess.run(self.process(program, arguments), cwd=self.directory, env=cli_environment(), text=True,
-                                  capture_output=True, timeout=300)  # fmt: skip
-            code, out, err = done.returncode, done.stdout, done.stderr
+            code, out, err = self.process(self.shell(command, program, arguments), command.variables)
         said = f"{command.where}: {command.text}\nended with {code}\n{out[-3000:]}\n{err[-3000:]}"
         if not command.errors:
             assert code == 0, said
@@ -113,21 +112,42 @@ class Sandbox:
         found = [words(line) for line in err.splitlines() if line.startswith("ftkit: error: ")]
         assert found == [words(line) for line in command.errors], said
 
-    def process(self, program: str, arguments: Sequence[str]) -> list[str]:
-        """What to start for a program other than ftkit."""
+    def shell(self, command: Command, program: str, arguments: Sequence[str]) -> list[str]:
+        """What to start for a command that is not ftkit's alone."""
+        if program == "ftkit":
+            if not command.for_a_shell:
+                return [sys.executable, "-m", "ftkit", *limited(arguments)]
+            python = shlex.join([sys.executable, "-m", "ftkit"])
+            return ["bash", "-c", f'ftkit() {{ {python} "$@"; }}\n{command.text}']
         if program == "make":
             # What it would do: that there is such a target, and which variables it reads.
             return ["make", "-C", str(ROOT), "--dry-run", *arguments]
-        assert program in ("python", "python3"), f"{program}: say in tests/documents/needs.py why it is not run"
+        if program == "cp":
+            return ["cp", *arguments]
+        assert program == "python", f"{command.where}: say in tests/documents/needs.py why {program} is not run"
         return [sys.executable, *arguments]
 
     def python(self, block: Block) -> None:
         """Run a Python snippet."""
-        if block.lines[0] in self.needs.not_run:
-            return
-        done = subprocess.run([sys.executable, "-c", block.text], cwd=self.directory, env=cli_environment(), text=True,
-                              capture_output=True, timeout=300)  # fmt: skip
-        assert done.returncode == 0, f"{block.where}: {done.stderr[-3000:]}"
+        if block.lines[0] not in self.needs.not_run:
+            code, _, err = self.process([sys.executable, "-c", block.text])
+            assert code == 0, f"{block.where}: {err[-3000:]}"
+
+    def process(self, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+        """Exit code, output and complaints of a process."""
+        environment = cli_environment() | (variables or {})
+        done = subprocess.run(
+            arguments, cwd=self.directory, env=environment, text=True, capture_output=True, timeout=300
+        )
+        return done.returncode, done.stdout, done.stderr
+
+
+def save_llama(directory: Path) -> None:
+    """A tiny model in the place of SmolLM2: as many layers as documents name, and a tokenizer that llama.cpp knows."""
+    tokenizer = byte_fallback_tokenizer()
+    ids = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    tiny_model("llama", num_hidden_layers=LAYERS, vocab_size=len(tokenizer), **ids).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def limited(arguments: Sequence[str]) -> list[str]:
