@@ -26,7 +26,7 @@ MODELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llama", "HuggingFaceTB/SmolLM2
 MODELS |= dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Base", "Qwen/Qwen2.5-7B-Instruct"), "qwen3")
 """Hub id -> architecture of `tests/tiny_models.py`; the recipes' and those that documents name."""
 GGUF = ("SmolLM2-135M-Instruct.Q4_1.gguf", "runs/models/SmolLM2-135M-Instruct.Q4_1.gguf")
-"""What the quickstart fetches; a directory here, for llama.cpp's converter does not know the tokenizer of our tiny files."""
+"""What the quickstart fetches. Directories here: llama.cpp's converter knows no tokenizer of our tiny files."""
 ROWS = ("my.jsonl", "data/mine.jsonl", "yahma/alpaca-cleaned/train.jsonl", "mhenrichsen/alpaca_2k_test/train.jsonl")
 """Data in alpaca's form."""
 
