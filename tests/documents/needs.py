@@ -89,16 +89,14 @@ DOCUMENTS: dict[str, Needs] = {
                 f"{QUICKSTART} output_dir=runs/other seed=1",
             ],
             "ftkit export runs/sst2": [f"{QUICKSTART} output_dir=runs/sst2"],
-            "ftkit inspect runs/full": [f"{QUICKSTART} output_dir=runs/full method='{{type: full}}'"],
-            "ftkit inspect runs/r8": [
-                f"{QUICKSTART} output_dir=runs/r8 method.rank=8",
-                f"{QUICKSTART} output_dir=runs/r64 method.rank=64",
-            ],
             "ftkit diff runs/plain": [
                 f"{QUICKSTART} output_dir=runs/plain",
                 f"{QUICKSTART} output_dir=runs/prompt method.soft_prompt=20",
             ],
         },
+    ),
+    "inspect.md": Needs(
+        before={"ftkit inspect runs/full": [f"{QUICKSTART} output_dir=runs/full method='{{type: full}}'"]},
     ),
     "merging.md": Needs(
         before={
