@@ -13,11 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
-from ftkit.estimate import Memory, estimate_model
+from ftkit.estimate import Memory, Place, estimate_model
 from ftkit.models.quiet import quiet_transformers
 from ftkit.recipe.load import load_recipe
 from ftkit.training.prepare import prepare_model
@@ -89,7 +88,7 @@ def measure(model: str) -> Row:
             file = Path(place) / "recipe.yaml"
             file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
             prepared = prepare_model(load_recipe(file), offline=True, trust_remote_code=False)
-            result = estimate_model(prepared, torch.device("cpu"))
+            result = estimate_model(prepared, Place.gpu(prepared))
             found[name] = result.memory_bytes.total
             if name == "full":
                 parameters = result.parameters
@@ -112,7 +111,8 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 def caption() -> str:
     """What is counted, as `ftkit plan` has it."""
-    parts = [field.name for field in fields(Memory)]
+    # A GPU's allocator takes nothing that could be planned.
+    parts = [field.name for field in fields(Memory) if field.init and field.name != "allocator"]
     return f"GiB of {', '.join(parts[:-1])} and {parts[-1]} in a step:"
 
 

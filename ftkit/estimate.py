@@ -79,6 +79,11 @@ class Memory:
     """What the memory's management takes on top of the two before."""
     total: int = field(init=False)
 
+    @property
+    def state(self) -> int:
+        """What is there however a batch is cut."""
+        return self.weights + self.gradients + self.optimizer
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "total", 0)
         object.__setattr__(self, "total", sum(vars(self).values()))
@@ -144,11 +149,17 @@ class Estimator:
     """How documents share a row; found on a small copy of the model where it is not given."""
     head: Head | None = None
     """How the loss makes logits; likewise."""
+    _known: dict[Budget, ModelEstimate] = field(init=False, default_factory=dict)
 
     def estimate(self, budget: Budget | None = None) -> ModelEstimate:
         """Parameters and memory, of a plan's fullest micro-batch or, without one, of documents of `max_length`."""
+        budget = first_budget(self.prepared.recipe, self.place.device) if budget is None else budget
+        if budget not in self._known:
+            self._known[budget] = self._estimate(budget)
+        return self._known[budget]
+
+    def _estimate(self, budget: Budget) -> ModelEstimate:
         prepared, recipe = self.prepared, self.prepared.recipe
-        budget = first_budget(recipe, self.place.device) if budget is None else budget
         if self.isolation is None:
             self.isolation = choose_packing(
                 prepared.config, packing=recipe.data.packing, requested=recipe.model.attn_implementation

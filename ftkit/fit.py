@@ -80,8 +80,9 @@ def find_fit(estimator: Estimator, available: int, begin: Budget | None = None) 
     if isinstance(prepared, Prepared):
         longest = longest_document(prepared.plan, fit.estimate.virtual_tokens)
     rest = smaller_budgets(prepared.recipe, first, longest)
+    hopeless = fit.estimate.memory_bytes.state > available
     while fit.needed > available:
-        budget = next(rest, None)
+        budget = None if hopeless else next(rest, None)
         if budget is None:
             return replace(fit, fits=False)
         fit = Fit(estimator.estimate(budget), available, True)
@@ -94,7 +95,8 @@ def find_fit(estimator: Estimator, available: int, begin: Budget | None = None) 
 def changes_that_fit(estimator: Estimator, available: int) -> list[str]:
     """What to write in the recipe so that a run that does not fit would, the cheapest first; each of them is enough."""
     found = []
-    for words, prepared in _changes(estimator.prepared):
+    shorter = estimator.estimate().memory_bytes.state < available
+    for words, prepared in _changes(estimator.prepared, shorter=shorter):
         other = replace(estimator, prepared=prepared)
         if find_fit(other, available).fits:
             found.append(words)
@@ -109,8 +111,12 @@ def changes_that_fit(estimator: Estimator, available: int) -> list[str]:
     return found
 
 
-def _changes(prepared: PreparedModel) -> Iterator[tuple[str, PreparedModel]]:
-    """Words and the run with that change, from what costs time to what changes the result."""
+def _changes(prepared: PreparedModel, *, shorter: bool) -> Iterator[tuple[str, PreparedModel]]:
+    """Words and the run with that change, from what costs time to what changes the result.
+
+    Args:
+        shorter: whether shorter documents may help.
+    """
     recipe = prepared.recipe
     open_budget = {"max_tokens_per_device": "auto", "gradient_checkpointing": "auto"}
     if recipe.training.max_tokens_per_device != "auto":
@@ -129,7 +135,7 @@ def _changes(prepared: PreparedModel) -> Iterator[tuple[str, PreparedModel]]:
     if isinstance(prepared, Prepared):
         length = min(length, longest_document(prepared.plan))
     # Powers of two, since the numbers are for people.
-    while (length := 2 ** (max(1, length - 1).bit_length() - 1)) >= SHORTEST:
+    while shorter and (length := 2 ** (max(1, length - 1).bit_length() - 1)) >= SHORTEST:
         yield f"data.max_length={length}", _of_length(_with(prepared, training=open_budget), length)
 
 
