@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -188,16 +188,18 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.lines = 0
+        self.lines = len(path.read_bytes().splitlines()) if path.exists() else 0
         """Lines written so far."""
-        if path.exists():
-            self.lines = len(path.read_bytes().splitlines())
+        self.followers: list[Callable[[Mapping[str, Any]], None]] = []
+        """Called with every line, after it was written."""
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write one line."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         self.lines += 1
+        for follow in self.followers:
+            follow(values)
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` lines: what a checkpoint had seen. Steps after it will be logged again."""

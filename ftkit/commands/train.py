@@ -57,12 +57,15 @@ def train(
 
         plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
         return
+    from ftkit.training.trackers import check_installed
+
     end_with_parent()
     os.environ.update(step_environment(os.environ))
     options = Options(resume, checkpoint, overwrite, offline, trust_remote_code)
     if options.overwrite and (options.resume or options.checkpoint):
         raise UserError("--overwrite starts anew and --resume goes on", how="choose one of them")
     loaded = load_recipe(recipe, overrides)
+    check_installed(loaded)
     launch = _processes(num_processes, launch_config)
     if launch is not None:
         run_processes(_arguments(recipe, overrides, options), launch)
@@ -134,6 +137,7 @@ def _train_as(
     from ftkit.training.build import build
     from ftkit.training.result import publish_result
     from ftkit.training.start import Start, begin, find_start, give_up
+    from ftkit.training.trackers import tracking
 
     started = time.perf_counter()
 
@@ -172,8 +176,9 @@ def _train_as(
     world.on_main(lambda: begin(start))
     world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
 
-    # 4. The loop.
-    built.loop.run(built.state)
+    # 4. The loop, followed by the recipe's trackers.
+    with tracking(metrics, loaded.recipe.training, start.run, console, main=world.is_main, step=built.state.step):
+        built.loop.run(built.state)
 
     # 5. The result: the weights of the best or the last checkpoint.
     tokens = built.loop.feed.total_tokens_run()

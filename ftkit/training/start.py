@@ -114,7 +114,7 @@ def agrees(run: Path, recipe: Recipe, *, steps: int) -> bool:
 def _without_length(recipe: Recipe) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     values = recipe.model_dump(exclude={"output_dir"})
-    for name in ("logging_steps", "max_steps", "num_train_epochs"):
+    for name in ("logging_steps", "report_to", "run_name", "project", "max_steps", "num_train_epochs"):
         del values["training"][name]
     return values
 
