@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEY = ("training", "report_to")
 REPORTED = "reported.json"
 PROJECT = "ftkit"
-TENSORBOARD, WANDB = "tensorboard", "wandb"
+TENSORBOARD, WANDB, MLFLOW = "tensorboard", "wandb", "mlflow"
 IN_EXTRA = (TENSORBOARD, WANDB)
 """What `ftkit[trackers]` installs; every other tracker's package is called as the tracker."""
 CLOSING_SECONDS = 30.0
@@ -193,8 +193,12 @@ class _Tracker:
         known: dict[str, Any] = read_json(file) if file.is_file() else {}
         identity = known.get("id") or secrets.token_hex(8)
         tracker = _open(place, identity, resumed=bool(known))
+        if self.name == MLFLOW:
+            identity = tracker.tracker.info.run_id
         self._notice = _where(place, tracker)
-        _describe(place, tracker, (place.run / RECIPE).read_text(encoding="utf-8"))
+        if not known or self.name in (TENSORBOARD, WANDB):
+            # To the others a configuration is final, also that of a run that has become longer.
+            _describe(place, tracker, (place.run / RECIPE).read_text(encoding="utf-8"))
         last = None if self.name == TENSORBOARD else known.get("last")
         while (line := self._lines.get()) is not None:
             # Of one step, the evaluation comes after the losses.
@@ -214,23 +218,36 @@ def _open(place: _Place, identity: str, *, resumed: bool) -> Any:
     """accelerate's tracker, started; a run that goes on is the one that it has by `identity`."""
     from ftkit.distributed import tracker_class
 
-    make = tracker_class(place.tracker)
-    if place.tracker == TENSORBOARD:
-        # No project: its directory is the run's own.
-        options = {"purge_step": place.step + 1} if resumed else {}
-        tracker = make("", str(place.directory), **options)
-    elif place.tracker == WANDB:
-        project = place.section.project or os.environ.get("WANDB_PROJECT") or PROJECT
-        # Silent, so that it asks nothing and leaves the terminal alone: without a key it fails, and that is told.
-        settings = {"silent": True, "console": "off"}
-        run: dict[str, Any] = {"id": identity, "resume": "allow", "name": place.title}
-        tracker = make(project, dir=str(place.run), settings=settings, **run)
-    elif make.requires_logging_directory:
-        tracker = make(place.project, str(place.directory))
-    else:
-        tracker = make(place.project)
+    make, name = tracker_class(place.tracker), place.tracker
+    project = place.project
+    if name == WANDB and place.section.project is None:
+        project = os.environ.get("WANDB_PROJECT", project)
+    # Its directory is the run's own.
+    arguments = ["" if name == TENSORBOARD else project]
+    arguments += [str(place.directory)] if make.requires_logging_directory else []
+    if name == MLFLOW:
+        # Left alone it writes into the working directory.
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{place.directory.absolute()}/mlflow.db")
+    tracker = make(*arguments, **_options(place, identity, resumed=resumed))
     tracker.start()
     return tracker
+
+
+def _options(place: _Place, identity: str, *, resumed: bool) -> dict[str, Any]:
+    """What the package itself is told: the run's name, its place, and which one it goes on with."""
+    directory, title = str(place.directory), place.title
+    # wandb: it asks nothing and leaves the terminal alone. Without a key it then fails, and that is told.
+    quiet = {"silent": True, "console": "off"}
+    known: dict[str, dict[str, Any]] = {
+        TENSORBOARD: {"purge_step": place.step + 1} if resumed else {},
+        WANDB: {"id": identity, "resume": "allow", "name": title, "dir": str(place.run), "settings": quiet},
+        MLFLOW: {"logging_dir": directory} | ({"run_id": identity} if resumed else {"run_name": title}),
+        "swanlab": {"id": identity, "resume": "allow", "experiment_name": title, "logdir": directory},
+        # Its runs are known by their names: a new one of an old name is another run.
+        "trackio": {"name": title, "resume": "allow" if resumed else "never"},
+        "dvclive": {"dir": directory, "resume": resumed, "save_dvc_exp": False, "dvcyaml": None},
+    }
+    return known.get(place.tracker, {})
 
 
 def _where(place: _Place, tracker: Any) -> str:
