@@ -132,7 +132,7 @@ def _train_as(
     world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
 ) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
-    from ftkit.figures import curves
+    from ftkit.figures import curves_of, evaluation_table, loss_figures
     from ftkit.runs import LOG, METRICS, MetricsFile
     from ftkit.training.build import build
     from ftkit.training.result import publish_result
@@ -191,7 +191,16 @@ def _train_as(
     def publish() -> None:
         result = publish_result(start.run, built.state, prepared=prepared, method=built.method, model=built.model)
         console.line()
-        for curve in curves(start.run / METRICS):
+        found = loss_figures(metrics.path)
+        evaluations = evaluation_table(
+            found,
+            metric=prepared.recipe.training.metric_for_best_model,
+            best=built.state.best_step,
+            published=result.step,
+        )
+        if evaluations is not None:
+            console.table(evaluations)
+        for curve in curves_of(found):
             console.line(curve)
         console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
         for command in result.next_commands:

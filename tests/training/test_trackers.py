@@ -209,7 +209,7 @@ class Failing:
 def failing(monkeypatch: pytest.MonkeyPatch, place: str, fail: Any) -> type[Failing]:
     members = {"fails_in": place, "fail": fail, "seen": []}
     made = type("Made", (Failing,), members)
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mlflow", made)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "clearml", made)
     monkeypatch.setattr(trackers, "check_installed", lambda loaded: None)
     return made
 
@@ -236,11 +236,11 @@ def test_one_that_fails_is_told_of_once_and_changes_nothing(untracked, monkeypat
     recipe, expected = untracked
     made = failing(monkeypatch, place, fail)
     output = recipe.parent / f"{place}-{fail.__name__}"
-    train(recipe, ["training.report_to=mlflow", f"output_dir={output}"])
+    train(recipe, ["training.report_to=clearml", f"output_dir={output}"])
     out = capsys.readouterr().out
     why = "ConnectionError: no answer" if fail is raises else "SystemExit: 3"
     assert out.count("warning: ") == 1
-    assert f"\nwarning: the tracker mlflow failed, the run goes on without it: {why}\n" in out
+    assert f"\nwarning: the tracker clearml failed, the run goes on without it: {why}\n" in out
     assert made.seen.count(place) == 1
     assert made.seen[-1] == place
     assert result_hash(output) == result_hash(expected)
@@ -253,9 +253,9 @@ def test_one_that_hangs_is_left_behind(untracked, monkeypatch, capsys, place):
     failing(monkeypatch, place, lambda self: time.sleep(30))
     monkeypatch.setattr(trackers, "CLOSING_SECONDS", 0.2)
     output, before = recipe.parent / f"hangs-{place}", time.monotonic()
-    train(recipe, ["training.report_to=mlflow", f"output_dir={output}"])
+    train(recipe, ["training.report_to=clearml", f"output_dir={output}"])
     assert time.monotonic() - before < 20
-    assert "warning: the tracker mlflow has not taken everything 0 s after the end" in capsys.readouterr().out
+    assert "warning: the tracker clearml has not taken everything 0 s after the end" in capsys.readouterr().out
     assert result_hash(output) == result_hash(expected)
 
 
