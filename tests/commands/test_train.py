@@ -185,7 +185,7 @@ def test_a_finished_run_goes_on_as_a_longer_one(tiny, capsys):
     train(recipe, [*CONSTANT, "training.max_steps=6"], resume=True)
     shown = capsys.readouterr().out
     assert f"going on with {short} after step 4" in shown
-    assert "the run has 6 steps in place of 4: from here on the learning rate is that of the longer run" in shown
+    assert "the run has 6 steps in place of 4: its learning rate stays 1.00e-02\n" in shown
     assert sha(weights(short, "lora")) == sha(weights(full, "lora"))
     assert read_metrics(short) == read_metrics(full)
     # The old result, and what was made of it, are kept, and no longer the run's.
@@ -204,7 +204,7 @@ def test_a_finished_run_goes_on_as_a_longer_one(tiny, capsys):
     assert sha(weights(runs / "recipe-2", "lora")) == before
 
 
-def test_a_longer_run_takes_its_own_learning_rates_from_the_checkpoint_on(tiny):
+def test_a_longer_run_takes_its_own_learning_rates_from_the_checkpoint_on(tiny, capsys):
     recipe, runs = tiny
     train(recipe, ["training.num_train_epochs=1", "training.max_steps=null"])
     run = runs / "recipe-1"
@@ -218,6 +218,12 @@ def test_a_longer_run_takes_its_own_learning_rates_from_the_checkpoint_on(tiny):
     assert {step: rates[step] for step in rates if step > begun} == {
         step: learning_rate(step - 1, total, section) for step in range(begun + 1, total + 1)
     }
+    # And says so, in the numbers of metrics.jsonl.
+    next_, was, last = rates[begun + 1], learning_rate(begun, 9, section), rates[total]
+    said = f"the run has {total} steps in place of 9, and its schedule is stretched: "
+    said += f"step {begun + 1} learns at {next_:.2e}"
+    said += f", in the run of 9 steps it does at {was:.2e}; step {total} will at {last:.2e}"
+    assert f"\n{said}\n" in capsys.readouterr().out
 
 
 def test_a_run_that_stopped_early_stops_as_early_when_it_is_longer(tiny, capsys):
