@@ -124,13 +124,19 @@ SPELT_OTHERWISE = {
     "dora": "write lora, and set method.dora: true",
     "rslora": "write lora, and set method.rank_stabilized: true",
     "pissa": "write lora, and set method.init: pissa",
+    **dict.fromkeys(
+        ("p_tuning", "p-tuning", "ptuning", "prompt_encoder"),
+        "write soft_prompt for vectors before the text, or prefix for P-Tuning v2",
+    ),
+    "sft": "write lora, or full to train every weight",
 }
-"""Names of methods that are lora with another key."""
+"""Names of methods that are one of ours with another key, or under another name with a difference."""
 
 _8BIT = "write adamw; its state takes 8 bytes a trained parameter"
 LATER_VALUES: dict[str, dict[Any, str]] = {
     "method.type": {
-        **dict.fromkeys(("ia3", "oft", "freeze"), "write lora"),
+        **dict.fromkeys(("ia3", "oft", "boft", "freeze", "adalora", "loha", "lokr", "vera", "bitfit"), "write lora"),
+        **dict.fromkeys(("dpo", "orpo", "kto", "ppo", "grpo", "rm", "rlhf"), "write lora or full, to train on answers"),
     },
     "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
     "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),

@@ -24,6 +24,8 @@ from ftkit.recipe.section import Section
 HUB_PREFIX = "hf://"
 """In front of a base model or data set: never a local path."""
 
+DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -54,6 +56,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         UserError: everything that is wrong with file and overrides, a problem each, in the order of the file.
         StorageError: the file cannot be read.
     """
+    if path.suffix in DATA_SUFFIXES and path.is_file():
+        raise UserError("is data, not a recipe", how=f"make a recipe of it: ftkit init {path}", where=str(path))
     raw, marks = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(
