@@ -187,11 +187,13 @@ def _line(problem: Problem) -> tuple[int, int]:
 def _plain(value: Any) -> Any:
     """Sections and tuples as dicts and lists."""
     if isinstance(value, Section):
-        return {
+        known = {
             name: plain
             for name, field in type(value).model_fields.items()
             if (plain := _plain(value.__dict__[name])) not in (None, [], {}) or value.__dict__[name] != field.default
         }
+        # Columns that only the phrasings know.
+        return known | {name: _plain(inner) for name, inner in (value.model_extra or {}).items()}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -73,6 +73,20 @@ def test_the_same_recipe_gives_the_same_bytes_and_its_resolved_form_too(tiny):
         assert read_metrics(runs / other) == read_metrics(runs / "recipe-1")
 
 
+def test_rows_in_columns_that_only_phrasings_know_go_on_and_repeat(tiny):
+    recipe, runs = tiny
+    rows = [{"review": f"it is {word}", "label": ["negative", "positive"][word > "m"]} for word in "abcdwxyz" * 3]
+    (recipe.parent / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"data.train.0.path={recipe.parent / 'reviews.jsonl'}", "data.train.0.templates=sst2"]
+    overrides += ["data.train.0.columns={sentence: review, label: label}"]
+    train(recipe, overrides)
+    train(runs / "recipe-1" / "recipe.yaml", [])
+    assert sha(weights(runs / "recipe-2", "lora")) == sha(weights(runs / "recipe-1", "lora"))
+    train(recipe, [*overrides, "training.max_steps=8"], resume=True)
+    assert {path.name for path in runs.iterdir()} == {"recipe-1", "recipe-2"}
+    assert max(line["step"] for path in runs.iterdir() for line in read_metrics(path)) == 8
+
+
 def test_paths_on_the_command_line_are_the_working_directorys(tiny, tmp_path, monkeypatch):
     recipe, _ = tiny
     here = tmp_path / "here"

@@ -266,7 +266,8 @@ training:
         "recipe.yaml:5: method.rank: expected a whole number above 0, got the text 'x'",
         "recipe.yaml:7: training.bf16: another tool's key; set model.dtype: bfloat16 or float32 (trained"
         " weights are kept in float32)",
-        "command line: 'x' sets no key; write it as key=value, e.g. training.learning_rate=1e-4",
+        "command line: 'x' sets no key; write it as key=value, e.g. training.learning_rate=1e-4, and one with spaces in"
+        " quotes: 'key=[a, b]'",
         "command line: training.learning_rate: expected a number above 0, got the text 'high'",
     ]
 
@@ -524,6 +525,14 @@ def test_random_text_survives_writing(tmp_path: Path) -> None:
     data = recipe.data.model_copy(update={"chat_template_kwargs": {text: [text, {"x": text}] for text in texts}})
     changed = recipe.model_copy(update={"data": data})
     assert load(tmp_path, dump_recipe(changed)).recipe == changed
+
+
+def test_columns_of_phrasings_alone_are_written_too(tmp_path: Path) -> None:
+    """`sentence` is no column of a format: only the library's phrasings of sst2 name it."""
+    columns = ["data.train.0.templates=sst2", "data.train.0.columns={sentence: 'no', label: text}"]
+    recipe = load(tmp_path, BASE, *columns).recipe
+    assert recipe.data.train[0].columns.model_extra == {"sentence": "no", "label": "text"}
+    assert load(tmp_path, dump_recipe(recipe)).recipe == recipe
 
 
 PIECES = [
