@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -88,11 +89,10 @@ class Console:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
+            _Remaining(),
         )
-        with Progress(*columns, console=self._rich, transient=True) as bar:
-            task = bar.add_task(description, total=total, completed=completed, status="")
+        with _Bars(*columns, console=self._rich, transient=True) as bar:
+            task = bar.add_task(description, total=total, completed=completed, status="", remaining="")
             yield ProgressBar(bar, int(task))
 
     def _print(self, renderable: Text | Table) -> None:
@@ -100,16 +100,42 @@ class Console:
         self._log.print(renderable)
 
 
+class _Remaining(TimeRemainingColumn):
+    """What the task says of the time that it needs yet; else rich's guess."""
+
+    def render(self, task: Task) -> Text:
+        said = task.fields["remaining"]
+        return Text(said) if said else super().render(task)
+
+
+class _Bars(Progress):
+    """Bars, and lines of text below them: their words, and what is drawn."""
+
+    drawn: Sequence[str] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for line in (*(task.fields["status"] for task in self.tasks), *self.drawn):
+            if line:
+                yield Text(line, no_wrap=True, overflow="ellipsis")
+
+
 class ProgressBar:
     """A handle on a running bar; does nothing where no terminal is."""
 
-    def __init__(self, bar: Progress | None, task: int | None) -> None:
+    def __init__(self, bar: _Bars | None, task: int | None) -> None:
         self._bar, self._task = bar, task
 
-    def update(self, completed: int, status: str = "") -> None:
-        """Show `completed` of the total, and a few words beside it."""
+    def update(self, completed: int, status: str | None = None, *, remaining: str | None = None) -> None:
+        """Show `completed` of the total, and a few words below it; what is None stays as it was."""
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=completed, status=status)  # type: ignore[arg-type]
+            words = {name: text for name, text in (("status", status), ("remaining", remaining)) if text is not None}
+            self._bar.update(self._task, completed=completed, **words)  # type: ignore[arg-type]
+
+    def draw(self, lines: Sequence[str]) -> None:
+        """Show these lines below the bar."""
+        if self._bar is not None:
+            self._bar.drawn = lines
 
     def show(self, description: str, completed: int, total: int) -> None:
         """Show another task, and how far it is; cheap enough to be called for every row."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -183,6 +184,11 @@ def place_like(value: Tensor, like: Tensor) -> Tensor:
     """`value`, a full tensor, in the device, and the shards, of `like`."""
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+
+
+def tracker_class(name: str) -> type[Any]:
+    """accelerate's class of an experiment tracker; only its `start` imports the package behind it."""
+    return LOGGER_TYPE_TO_CLASS[name]
 
 
 class SignalWatch:

@@ -24,6 +24,7 @@ WIDTHS = {"cpu": 1536, "cuda": 8192}
 EXTRAS = {
     "gguf": ("gguf", "reads .gguf models"),
     "gpu": ("bitsandbytes", "model.quantization: nf4"),
+    "trackers": ("wandb", "training.report_to: [tensorboard, wandb]"),
 }
 """Extra of pyproject -> the package that it installs, and what that gives."""
 FLASH = "flash_attn"

@@ -14,7 +14,7 @@ from ftkit.recipe.marked_yaml import read_yaml
 from ftkit.runs import ENVIRONMENT, METRICS, RECIPE, VALIDATION, result_of
 
 PARTS = ("recipe", "data", "environment", "loss", "weights")
-_PLACES = {"output_dir"}
+_PLACES = ("output_dir", "training.report_to", "training.run_name", "training.project")
 """Keys of a recipe that say where, not what."""
 _ENVIRONMENT = ("python", "packages", "platform", "processor", "device", "processes", "threads", "precision")
 _DATA = ("data_fingerprint", "base_model.fingerprint")
@@ -51,15 +51,13 @@ def differences(first: Path, second: Path, *, tolerance: float = 0.0) -> list[Di
 
 
 def _recipes(first: Path, second: Path) -> Iterator[Difference]:
-    mine, other = (dict(_flat(read_yaml(run / RECIPE)[0])) for run in (first, second))
-    for key in _PLACES:
-        mine.pop(key, None)
-        other.pop(key, None)
-    yield from _between("recipe", mine, other)
+    mine, other = (dict(flat(read_yaml(run / RECIPE)[0])) for run in (first, second))
+    kept = [{key: value for key, value in all_.items() if not _is_of(key, _PLACES)} for all_ in (mine, other)]
+    yield from _between("recipe", *kept)
 
 
 def _environments(first: Path, second: Path) -> Iterator[Difference]:
-    mine, other = (dict(_flat(_described(run))) for run in (first, second))
+    mine, other = (dict(flat(_described(run))) for run in (first, second))
     for part, names in (("data", _DATA), ("environment", _ENVIRONMENT)):
         kept = [{key: value for key, value in all_.items() if _is_of(key, names)} for all_ in (mine, other)]
         yield from _between(part, *kept)
@@ -123,11 +121,11 @@ def _is_of(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """{"a": {"b": [1]}} -> ("a.b.0", 1)"""
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values inside, by dotted path: {"a": {"b": [1]}} -> ("a.b.0", 1)."""
     if isinstance(value, dict | list) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, inner in items:
-            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+            yield from flat(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -188,22 +188,24 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run keeps what it logged."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self.lines = 0
+        self.path = path
+        self.lines = len(path.read_bytes().splitlines()) if path.exists() else 0
         """Lines written so far."""
-        if path.exists():
-            self.lines = len(path.read_bytes().splitlines())
+        self.followers: list[Callable[[Mapping[str, Any]], None]] = []
+        """Called with every line, after it was written."""
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write one line."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         self.lines += 1
+        for follow in self.followers:
+            follow(values)
 
     def truncate(self, lines: int) -> None:
         """Keep the first `lines` lines: what a checkpoint had seen. Steps after it will be logged again."""
-        kept = self._path.read_bytes().splitlines(keepends=True)[:lines] if self._path.exists() else []
-        with self._path.open("ab") as file:
+        kept = self.path.read_bytes().splitlines(keepends=True)[:lines] if self.path.exists() else []
+        with self.path.open("ab") as file:
             # In place, which needs no space: a full disk cannot lose what is kept.
             file.truncate(sum(map(len, kept)))
         self.lines = len(kept)

@@ -24,7 +24,7 @@ def small(monkeypatch):
 
 def test_each_line_says_what_is_the_case():
     found = machine.look(offline=True, seconds=0.0)
-    assert list(found) == [*NAMES, "extra gguf", "extra gpu"]
+    assert list(found) == [*NAMES, "extra gguf", "extra gpu", "extra trackers"]
     assert f"torch {torch.__version__}" in found["packages"]
     dtype, reason = choose_compute_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert found["precision"].startswith(f"{str(dtype).removeprefix('torch.')} with model.dtype: auto ({reason})")

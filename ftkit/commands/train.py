@@ -57,12 +57,15 @@ def train(
 
         plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
         return
+    from ftkit.training.trackers import check_installed
+
     end_with_parent()
     os.environ.update(step_environment(os.environ))
     options = Options(resume, checkpoint, overwrite, offline, trust_remote_code)
     if options.overwrite and (options.resume or options.checkpoint):
         raise UserError("--overwrite starts anew and --resume goes on", how="choose one of them")
     loaded = load_recipe(recipe, overrides)
+    check_installed(loaded)
     launch = _processes(num_processes, launch_config)
     if launch is not None:
         run_processes(_arguments(recipe, overrides, options), launch)
@@ -129,13 +132,14 @@ def _train_as(
     world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
 ) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
-    from ftkit.figures import curves
+    from ftkit.figures import curves_of, evaluation_table, loss_figures
     from ftkit.fit import choose_layout, settle_by_trial
     from ftkit.runs import LOG, METRICS, MetricsFile
     from ftkit.training.budget import read_budget
     from ftkit.training.build import build, isolate
     from ftkit.training.result import publish_result
     from ftkit.training.start import Start, begin, find_start, give_up
+    from ftkit.training.trackers import tracking
 
     started = time.perf_counter()
 
@@ -179,8 +183,9 @@ def _train_as(
     world.on_main(lambda: begin(start))
     world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
 
-    # 4. The loop.
-    built.loop.run(built.state)
+    # 4. The loop, followed by the recipe's trackers.
+    with tracking(metrics, loaded.recipe.training, start.run, console, main=world.is_main, step=built.state.step):
+        built.loop.run(built.state)
 
     # 5. The result: the weights of the best or the last checkpoint.
     tokens = built.loop.feed.total_tokens_run()
@@ -193,7 +198,16 @@ def _train_as(
     def publish() -> None:
         result = publish_result(start.run, built.state, prepared=prepared, method=built.method, model=built.model)
         console.line()
-        for curve in curves(start.run / METRICS):
+        found = loss_figures(metrics.path)
+        evaluations = evaluation_table(
+            found,
+            metric=prepared.recipe.training.metric_for_best_model,
+            best=built.state.best_step,
+            published=result.step,
+        )
+        if evaluations is not None:
+            console.table(evaluations)
+        for curve in curves_of(found):
             console.line(curve)
         console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
         for command in result.next_commands:

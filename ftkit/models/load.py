@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ftkit.errors import UserError
+from ftkit.errors import NetworkError, UserError
 from ftkit.models.files import CONFIG_NAME, check_model_directory, read_json, stored_dtype, weight_files
 from ftkit.models.gguf import convert_gguf
 from ftkit.models.hashes import hash_once
@@ -83,11 +83,14 @@ def find_base(
         repo_id = base_model.removeprefix(HUB_PREFIX)
         try:
             revision = resolve_commit(repo_id, section.revision, offline=offline)
-        except UnknownModelError as error:
+        except (UnknownModelError, NetworkError) as error:
             if base_model.startswith(HUB_PREFIX):
                 raise
-            nor_a_path = (replace(p, what=f"{p.what}, and there is no {path}") for p in error.problems)
-            raise UnknownModelError.of(nor_a_path) from None
+            meant = how if (how := _similar(path)) and how.startswith("did you mean") else None
+            nor_a_path = (
+                replace(p, what=f"{p.what}, and there is no {path}", how=meant or p.how) for p in error.problems
+            )
+            raise type(error).of(nor_a_path) from None
         return BaseModel(
             base_model,
             repo_id=repo_id,

@@ -147,6 +147,18 @@ def _best(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _trackers(recipe: Recipe) -> Iterator[Problem]:
+    named = recipe.training.report_to
+    for index, tracker in enumerate(named):
+        if tracker in named[:index]:
+            what = f"{tracker} is named twice"
+            yield Problem(what, "name each tracker once", key=("training", "report_to", index))
+    for name in ("run_name", "project"):
+        if getattr(recipe.training, name) is not None and not named:
+            how = "set training.report_to, e.g. [wandb], or remove it"
+            yield Problem("only trackers use it, and none is named", how, key=("training", name))
+
+
 def _output_dir(recipe: Recipe) -> Iterator[Problem]:
     key: KeyPath = ("output_dir",)
     known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
@@ -169,5 +181,6 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Problem]], ...] = (
     _columns,
     _intervals,
     _best,
+    _trackers,
     _output_dir,
 )

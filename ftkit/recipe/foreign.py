@@ -64,7 +64,10 @@ _LENGTHS = Refusal("batches are balanced by tokens already", "remove it")
 _EVALUATIONS = _use("set training.eval_steps: steps, or below 1 a share of the run; data.val_size: 0 turns it off")
 _SAVES = _use("set training.save_steps: steps, or below 1 a share of the run")
 _LOGGING = _use("set training.logging_steps; every value is in the run's metrics.jsonl")
-_TRACKERS = _later("read metrics.jsonl in the run's directory, which holds every value")
+_TRACKER_FLAGS = _use("name it in training.report_to, e.g. [tensorboard, wandb]")
+_TRACKER_PLACE = _use("set training.report_to; trackers keep their files in the run's directory")
+_TRACKER_SETTINGS = Refusal("a tracker's own settings stay outside of the recipe", "set its environment variables")
+_TRACKER_RUNS = Refusal("a run that goes on stays the same one in its tracker", "remove it")
 _HUB = _later("upload the directory that `ftkit export` writes, with the hub's own client")
 _HUB_TOKEN = Refusal("a recipe holds no secrets", "set the environment variable HF_TOKEN")
 _VERBS = _use("choose the verb on the command line: ftkit train, ftkit eval")
@@ -178,6 +181,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "cosine_min_lr_ratio": Alias("training.min_lr_ratio"),
     "warmup_ratio": Alias("training.warmup_steps", as_share),
     "optimizer": Alias("training.optim"),
+    **dict.fromkeys(("wandb_project", "mlflow_experiment_name", "swanlab_project"), Alias("training.project")),
+    **dict.fromkeys(("wandb_name", "mlflow_run_name", "swanlab_run_name"), Alias("training.run_name")),
     "gradient_clipping": Alias("training.max_grad_norm"),
     "activation_checkpointing": Alias("training.gradient_checkpointing"),
     "load_best_model_at_end": Alias("training.final", choices({True: "best", False: "last"})),
@@ -221,9 +226,6 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "master_dtype": _later("leave it out; trained weights are float32"),
     "torch_compile": _later("leave it out"),
     "on_nonfinite": _later("leave it out; a run stops before a step that is not finite"),
-    "report_to": _TRACKERS,
-    "run_name": _TRACKERS,
-    "project": _TRACKERS,
     # -- refused for now
     "rope_scaling": _later("leave it out, or use a base model with a longer context"),
     "label_smoothing_factor": _later("leave it out"),
@@ -252,11 +254,14 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_LENGTHS, "group_by_length train_sampling_strategy length_column_name curriculum_sampling"),
     **_group(_EVALUATIONS, "eval_strategy evaluation_strategy evals_per_epoch eval_delay do_eval"),
     **_group(_SAVES, "save_strategy saves_per_epoch save_only_model enable_jit_checkpoint"),
-    **_group(_LOGGING, "logging_strategy logging_first_step logging_dir log_level log_level_replica disable_tqdm"),
+    **_group(_LOGGING, "logging_strategy logging_first_step log_level log_level_replica disable_tqdm"),
     **_group(_LOGGING, "logging_nan_inf_filter include_num_input_tokens_seen plot_loss skip_memory_metrics debug"),
-    **_group(_TRACKERS, "wandb_project wandb_entity wandb_run_id wandb_name wandb_watch wandb_log_model use_wandb"),
-    **_group(_TRACKERS, "mlflow_tracking_uri mlflow_experiment_name use_tensorboard use_swanlab trackio_space_id"),
-    **_group(_TRACKERS, "trackio_bucket_id trackio_static_space_id"),
+    **_group(_TRACKER_FLAGS, "use_wandb use_tensorboard use_mlflow use_swanlab use_comet use_trackio"),
+    **_group(_TRACKER_PLACE, "logging_dir tensorboard_dir"),
+    **_group(_TRACKER_RUNS, "wandb_run_id wandb_resume mlflow_run_id"),
+    **_group(_TRACKER_SETTINGS, "wandb_entity wandb_mode wandb_watch wandb_log_model mlflow_tracking_uri"),
+    **_group(_TRACKER_SETTINGS, "hf_mlflow_log_artifacts swanlab_mode swanlab_workspace swanlab_api_key"),
+    **_group(_TRACKER_SETTINGS, "trackio_space_id trackio_bucket_id trackio_static_space_id"),
     **_group(_HUB_TOKEN, "hub_token hf_hub_token hf_use_auth_token use_auth_token"),
     **_group(_VERBS, "do_train do_predict predict_with_generate"),
     **_group(_RESUME, "resume_from_checkpoint auto_resume_from_checkpoints restore_callback_states_from_checkpoint"),

@@ -64,6 +64,15 @@ def non_linearity(value: Any) -> Any:
     return value.lower().replace("leakyrelu", "leaky_relu") if isinstance(value, str) else value
 
 
+def trackers(value: Any) -> Any:
+    """`none`, `tensorboard`, `tensorboard,wandb`: other tools have one name in place of a list."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if value in (None, ["none"]):
+        return []
+    return [choices({"comet": "comet_ml"})(name) for name in value] if isinstance(value, list) else value
+
+
 ADAPTER_PRESETS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ("bottleneck", "houlsby", "double_seq_bn")},
     **{name: {"placement": ["feed_forward"]} for name in ("pfeiffer", "seq_bn")},
@@ -105,6 +114,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "training.optim": choices(
         dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused"), "adamw")
     ),
+    "training.report_to": trackers,
     "training.lr_scheduler_type": choices({"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}),
 }
 """Our key -> other tools' values in our terms."""
@@ -114,17 +124,24 @@ SPELT_OTHERWISE = {
     "dora": "write lora, and set method.dora: true",
     "rslora": "write lora, and set method.rank_stabilized: true",
     "pissa": "write lora, and set method.init: pissa",
+    **dict.fromkeys(
+        ("p_tuning", "p-tuning", "ptuning", "prompt_encoder"),
+        "write soft_prompt for vectors before the text, or prefix for P-Tuning v2",
+    ),
+    "sft": "write lora, or full to train every weight",
 }
-"""Names of methods that are lora with another key."""
+"""Names of methods that are one of ours with another key, or under another name with a difference."""
 
 _8BIT = "write adamw; its state takes 8 bytes a trained parameter"
 LATER_VALUES: dict[str, dict[Any, str]] = {
     "method.type": {
-        **dict.fromkeys(("ia3", "oft", "freeze"), "write lora"),
+        **dict.fromkeys(("ia3", "oft", "boft", "freeze", "adalora", "loha", "lokr", "vera", "bitfit"), "write lora"),
+        **dict.fromkeys(("dpo", "orpo", "kto", "ppo", "grpo", "rm", "rlhf"), "write lora or full, to train on answers"),
     },
     "method.init": dict.fromkeys(("olora", "eva", "corda", "loftq", "orthogonal", "lora_ga"), "write kaiming or pissa"),
     "training.optim": dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit"), _8BIT),
     "training.lr_scheduler_type": {"cosine_with_min_lr": "write cosine, and set training.min_lr_ratio"},
+    "training.report_to.*": {"all": "name the trackers, e.g. [tensorboard, wandb]"},
     "training.gradient_checkpointing": {int: "write true to recompute every block"},
 }
 """Our key -> values (or a type of values) of later versions -> what to write instead."""

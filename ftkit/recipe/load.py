@@ -24,6 +24,8 @@ from ftkit.recipe.section import Section
 HUB_PREFIX = "hf://"
 """In front of a base model or data set: never a local path."""
 
+DATA_SUFFIXES = (".jsonl", ".csv", ".parquet")
+
 
 @dataclass(frozen=True)
 class LoadedRecipe:
@@ -54,6 +56,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         UserError: everything that is wrong with file and overrides, a problem each, in the order of the file.
         StorageError: the file cannot be read.
     """
+    if path.suffix in DATA_SUFFIXES and path.is_file():
+        raise UserError("is data, not a recipe", how=f"make a recipe of it: ftkit init {path}", where=str(path))
     raw, marks = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(
@@ -183,11 +187,13 @@ def _line(problem: Problem) -> tuple[int, int]:
 def _plain(value: Any) -> Any:
     """Sections and tuples as dicts and lists."""
     if isinstance(value, Section):
-        return {
+        known = {
             name: plain
             for name, field in type(value).model_fields.items()
             if (plain := _plain(value.__dict__[name])) not in (None, [], {}) or value.__dict__[name] != field.default
         }
+        # Columns that only the phrasings know.
+        return known | {name: _plain(inner) for name, inner in (value.model_extra or {}).items()}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

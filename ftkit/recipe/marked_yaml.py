@@ -6,7 +6,9 @@ that are not text are errors. Aliases and `<<` work. Size, depth and the number 
 capped, so that no file takes more than a moment or the interpreter's stack.
 """
 
-from collections.abc import Iterator
+import difflib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[KeyPath, str]]:
         line = text.count("\n", 0, error.position) + 1
         raise _error(name, line, f"the character U+{error.character:04X} is not allowed", "remove it") from None
     except yaml.MarkedYAMLError as error:
-        raise _syntax_error(name, error) from None
+        raise _syntax_error(name, error, text.splitlines()) from None
     return value, marks
 
 
@@ -66,7 +68,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError("no such file", where=str(path), how="check the path") from None
+        raise UserError("no such file", where=str(path), how=_similar(path)) from None
     except IsADirectoryError:
         raise UserError("is a directory, not a YAML file", where=str(path), how="name the file in it") from None
     except OSError as error:
@@ -82,6 +84,13 @@ def _read_text(path: Path) -> str:
         what = f"byte {content[error.start]:#04x} is not UTF-8"
         raise _error(str(path), line, what, "save the file as UTF-8") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _similar(path: Path) -> str:
+    """The fix for a file that is not there."""
+    others = [*path.parent.glob("*.yaml"), *path.parent.glob("*.yml")]
+    names = difflib.get_close_matches(path.name, [other.name for other in others], n=1)
+    return f"did you mean {path.with_name(names[0])}?" if names else "check the path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +274,17 @@ _SYNTAX: tuple[tuple[str, str, str], ...] = (
 """Words of PyYAML's complaints -> what is wrong and how to mend it; the first that fits."""
 
 
-def _syntax_error(name: str, error: yaml.MarkedYAMLError) -> UserError:
+_TEXT_IN_BRACKETS = re.compile(r"(^\s*|[:-]\s+)(\{[^{}]*\}|\[[^\[\]]*\])\s*[^\s,#\]}]")
+"""A value that starts with a bracket, and goes on after the one that closes it: meant as text."""
+
+
+def _syntax_error(name: str, error: yaml.MarkedYAMLError, lines: Sequence[str]) -> UserError:
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark is not None else 1
+    for number in {line, max(1, line - 1)}:  # PyYAML finds out where the next token starts.
+        if number <= len(lines) and _TEXT_IN_BRACKETS.search(lines[number - 1]):
+            what = "the text goes on after the bracket that closes it"
+            return _error(name, number, what, "put text that starts with a bracket or brace in quotes")
     problem = str(error.problem or error.context)
     for words, what, how in _SYNTAX:
         if words in problem:

@@ -90,6 +90,10 @@ def explain_unknown(path: KeyPath, length: int | None = None, siblings: list[str
     entry = _entry(head)
     if isinstance(entry, Refusal):
         return Problem(entry.what, entry.how, key=path)
+    holder = head[:-1]
+    if shape.at(holder) is not None and not shape.keys_at(holder) and not shape.keys_at((*holder, 0)):
+        expected = shape.expected(shape.at(holder))
+        return Problem(f"{dotted(holder)} has no keys", f"set {dotted(holder)} to {expected}", key=path)
     elsewhere = _absolute(entry, head) if isinstance(entry, Alias) else FLAT.get(name)
     if elsewhere is not None:
         return Problem("unknown key", f"it belongs to {dotted(elsewhere)}", key=path)

@@ -39,15 +39,19 @@ def parse_value(text: str, key: str) -> Any:
     try:
         return parse_yaml(text, WHERE)[0]
     except UserError as error:
-        how = "put text that starts with a bracket or quote in quotes, twice: key='\"...\"'"
-        raise UserError(error.problems[0].what, how=how, where=f"{WHERE}: {key}") from None
+        what = error.problems[0].what
+        how = f"text that starts with a bracket or quote is quoted twice: {key}='\"...\"'"
+        if "not closed" in what:
+            # The shell cuts at spaces.
+            how = f"put the whole argument in quotes: '{key}=...'; {how}"
+        raise UserError(what, how=how, where=f"{WHERE}: {key}") from None
 
 
 def _apply(raw: dict[str, Any], marks: dict[KeyPath, str], text: str) -> None:
     name, equals, value_text = text.partition("=")
     name = name.strip()
     if not equals or not all(name.split(".")):
-        how = "write it as key=value, e.g. training.learning_rate=1e-4"
+        how = "write it as key=value, e.g. training.learning_rate=1e-4, and one with spaces in quotes: 'key=[a, b]'"
         raise UserError(f"{text!r} sets no key", how=how, where=WHERE)
     value = parse_value(value_text, name)
     written = tuple(int(part) if part.isdecimal() else part for part in name.split("."))

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from dataclasses import replace
 from typing import Any, get_origin
 
 from pydantic import ValidationError
@@ -62,8 +63,11 @@ def _problem(key: KeyPath, detail: ErrorDetails, method: type[Section] | None) -
     value = detail["input"]
     if detail["type"] == "extra_forbidden":
         if shape.at(key) is not None:
-            return _of_another_method(key)
-        return explain_unknown(key, siblings=list(method.model_fields) if method is not None else None)
+            return _of_another_method(key, method)
+        problem = explain_unknown(key, siblings=list(method.model_fields) if method is not None else None)
+        if value is None and problem.how is not None and problem.how.startswith("the keys here are"):
+            return replace(problem, how=f"write a list in brackets: [..., {key[-1]}]")
+        return problem
     if detail["type"] == "missing":
         return Problem("required key is missing", f"add it: {shape.description(key)}", key=key)
     if detail["type"] == "value_error":
@@ -76,9 +80,12 @@ def _problem(key: KeyPath, detail: ErrorDetails, method: type[Section] | None) -
     return Problem(what, _mend(key, annotation, value), key=key)
 
 
-def _of_another_method(key: KeyPath) -> Problem:
-    owners = " and ".join(name for name, section in METHOD_SECTIONS.items() if key[1] in section.model_fields)
-    return Problem("no key of this method", f"it belongs to {owners}; remove it, or change method.type", key=key)
+def _of_another_method(key: KeyPath, method: type[Section] | None) -> Problem:
+    *others, last = (name for name, section in METHOD_SECTIONS.items() if key[1] in section.model_fields)
+    owners = f"{', '.join(others)} and {last}" if others else last
+    beside = key[1] == "num_virtual_tokens" and method is not None and "soft_prompt" in method.model_fields
+    besides = "set method.soft_prompt to their number to train a soft prompt besides" if beside else "remove it"
+    return Problem("no key of this method", f"it belongs to {owners}; {besides}, or change method.type", key=key)
 
 
 def _method_problem(section: Any) -> Problem:
@@ -109,13 +116,34 @@ def _mend(key: KeyPath, annotation: Any, value: Any) -> str | None:
         return f"write {_SWITCHES[value.lower()]}" if value.lower() in _SWITCHES else None
     if kind is str and isinstance(value, bool | int | float):
         return "put it in quotes"
+    if isinstance(value, dict):
+        return _mend_mapping(key, annotation, value)
     if get_origin(kind) is tuple and value is not None and not isinstance(value, list):
-        return "start each entry with a dash" if key in DATASET_LISTS else "write it as a list: [...]"
+        if key in DATASET_LISTS:
+            return f"write [{{path: {value}}}]" if isinstance(value, str) else "start each entry with a dash"
+        return "write it as a list: [...]"
     if isinstance(value, str):
         return _mend_number(annotation, value)
-    if isinstance(value, float) and value.is_integer() and "whole" in shape.expected(annotation):
-        return f"write {int(value)}"
+    return _mend_fraction(key, value) if isinstance(value, float) and "whole" in shape.expected(annotation) else None
+
+
+def _mend_mapping(key: KeyPath, annotation: Any, value: dict[str, Any]) -> str | None:
+    """For a mapping where plain values fit: braces that were meant as text, or a section in place of its only value."""
+    kind = shape.plain_type(annotation)
+    if kind is str:
+        text = "{" + ", ".join(value) + "}" if not any(value.values()) else "{...}"
+        return f'put text that starts with a brace in quotes: "{text}", on the command line twice: \'"{text}"\''
+    if len(value) == 1 and "number" in shape.expected(annotation):
+        return f"write {key[-1]}: {next(iter(value.values()))}"
+    if get_origin(kind) is tuple:
+        return "start each entry with a dash" if key in DATASET_LISTS else "write it as a list: [...]"
     return None
+
+
+def _mend_fraction(key: KeyPath, value: float) -> str | None:
+    if key == ("training", "num_train_epochs"):
+        return "set training.max_steps for a part of an epoch"
+    return f"write {int(value)}" if value.is_integer() else None
 
 
 def _mend_number(annotation: Any, text: str) -> str | None:

@@ -200,6 +200,12 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
 """`method.type` -> its section."""
 
 
+Tracker = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]  # fmt: skip
+"""accelerate's names."""
+
+
 class TrainingSection(Section):
     """The loop. The defaults here are LoRA's; `METHOD_DEFAULTS` has the others."""
 
@@ -253,6 +259,12 @@ class TrainingSection(Section):
     """Whether the run's adapter/ or model/ holds the best or the last weights."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work: replicas (ddp) or shards (fsdp); auto is ddp."""
+    report_to: ListOf[Tracker] = ()
+    """Trackers that get the numbers of metrics.jsonl too: tensorboard, wandb, or another one that accelerate knows."""
+    run_name: NonEmpty | None = None
+    """What trackers call the run; default the name of its directory."""
+    project: NonEmpty | None = None
+    """Project that trackers put the run into; default ftkit."""
 
     @field_validator("metric_for_best_model")
     @classmethod

@@ -34,6 +34,10 @@ _KEPT = {"path", "format", "split", "subset", "columns", "max_samples", "name", 
 _KEPT |= {"field_messages", "field_instruction", "field_input", "field_output"}
 """Keys of a data set in axolotl's list that recipes have, or know as other names of theirs."""
 
+_TRACKER_FLAGS = {f"use_{name}": name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "trackio")}
+_TRACKER_FLAGS |= {"use_comet": "comet_ml"}
+_TRACKER_PROJECTS = {"wandb_project": "wandb", "mlflow_experiment_name": "mlflow", "swanlab_project": "swanlab"}
+
 
 @dataclass(frozen=True)
 class Translated:
@@ -62,6 +66,7 @@ def translate(path: Path) -> Translated:
     _batch(raw, left)
     _method(raw, tool)
     _often(raw)
+    _trackers(raw, left)
     if raw.pop("bf16", None) is True:
         raw.setdefault("model", {})["dtype"] = "bfloat16"
     if datasets:
@@ -184,6 +189,23 @@ def _often(raw: dict[str, Any]) -> None:
         # Once in the whole run is its end, where both happen anyway.
         if isinstance(number, int | float) and isinstance(epochs, int | float) and number * epochs > 1:
             raw.setdefault("training", {})[ours] = round(1 / (number * epochs), 4)
+
+
+def _trackers(raw: dict[str, Any], left: list[Problem]) -> None:
+    """axolotl names a tracker by a flag, or by the project that it is to have there."""
+    if raw.get("report_to") in ("all", ["all"]):
+        del raw["report_to"]
+        left.append(_not(("report_to",), "all that are installed", "name them in training.report_to"))
+    named = [tracker for flag, tracker in _TRACKER_FLAGS.items() if raw.get(flag) is True]
+    for name in [name for name in raw if name in _TRACKER_FLAGS and isinstance(raw[name], bool)]:
+        del raw[name]
+    for name, tracker in _TRACKER_PROJECTS.items():
+        if raw.get(name):
+            named += [tracker] if tracker not in named else []
+        else:
+            raw.pop(name, None)
+    if named:
+        raw.setdefault("report_to", named)
 
 
 def _method(raw: dict[str, Any], tool: str) -> None:

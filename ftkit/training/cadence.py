@@ -37,6 +37,13 @@ class Cadence:
         """Whether the validation rows are measured after step `step`."""
         return self.eval_every is not None and self._falls_on(step, self.eval_every)
 
+    def evaluations_left(self, step: int) -> int:
+        """How many come after that of step `step`."""
+        if self.eval_every is None:
+            return 0
+        last = self.total % self.eval_every > 0 and step < self.total
+        return self.total // self.eval_every - step // self.eval_every + last
+
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is written after step `step`."""
         return self._falls_on(step, self.save_every)

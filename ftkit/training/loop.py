@@ -56,7 +56,7 @@ class Loop:
             self.console.progress("training", total=total, completed=state.step) as bar,
             SignalWatch(self._notice) as signals,
         ):
-            progress = Progress(self.plan, self.world, self.metrics, self.console, bar, state.step)
+            progress = Progress(self.plan, cadence, self.world, self.metrics, self.console, bar, state.step)
             with progress.paused():
                 if state.awaits_evaluation or (validated and section.eval_on_start and state.step == 0):
                     self._evaluate(state, signals, progress, saved=cadence.saves_after(state.step))
@@ -72,6 +72,7 @@ class Loop:
                 self.optimizer.zero_grad(set_to_none=True)
 
                 self._record(state, loss_sums)
+                progress.step(state)
                 if cadence.logs_after(state.step):
                     progress.steps(state, learning_rate=rate, grad_norm=grad_norm)
                 saves = cadence.saves_after(state.step)

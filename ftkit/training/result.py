@@ -47,6 +47,8 @@ class Result:
     """The published weights."""
 
     path: Path
+    step: int
+    """Of the checkpoint that they are from."""
     text: str
     """One line for the terminal."""
     next_commands: tuple[str, ...]
@@ -154,7 +156,7 @@ def publish_result(
     if method.merge_refusal is None and prompt is None:
         commands += [f"ftkit merge {run}"]
     commands += [f"ftkit export {run} --format {'hf' if method.name == 'full' else 'adapter'}"]
-    return Result(target, f"{target} holds the weights of {which}, {size}{beside}", tuple(commands))
+    return Result(target, step, f"{target} holds the weights of {which}, {size}{beside}", tuple(commands))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from ftkit.console import Console
 from ftkit.distributed import World
 from ftkit.errors import UserError
 from ftkit.recipe.load import LoadedRecipe, load_recipe, resolve
-from ftkit.recipe.schema import Recipe
+from ftkit.recipe.schema import Recipe, TrainingSection
 from ftkit.runs import (
     CHECKPOINTS,
     RECIPE,
@@ -20,6 +20,7 @@ from ftkit.runs import (
     set_aside_results,
 )
 from ftkit.training.checkpoint import Checkpoint, check_world, newest_verified, read_checkpoint, set_aside_later
+from ftkit.training.optim import every, learning_rate, warmup_steps
 from ftkit.training.prepare import Prepared
 from ftkit.training.state import LoopState
 
@@ -114,7 +115,7 @@ def agrees(run: Path, recipe: Recipe, *, steps: int) -> bool:
 def _without_length(recipe: Recipe) -> dict[str, Any]:
     """What must be the same for a run to go on."""
     values = recipe.model_dump(exclude={"output_dir"})
-    for name in ("logging_steps", "max_steps", "num_train_epochs"):
+    for name in ("logging_steps", "report_to", "run_name", "project", "max_steps", "num_train_epochs"):
         del values["training"][name]
     return values
 
@@ -154,8 +155,35 @@ def _after(checkpoint: Checkpoint, run: Path, prepared: Prepared, world: World, 
     check_world(checkpoint, world)
     console.line(f"going on with {run} after step {checkpoint.step}")
     if before is not None and before != len(plan.steps):
-        console.line(
-            f"the run has {len(plan.steps)} steps in place of {before}: from here on the learning rate is that of the "
-            "longer run"
-        )
+        for text in lengthened(prepared.recipe.training, checkpoint.step, before, len(plan.steps)):
+            console.line(text)
     return Start(run, checkpoint)
+
+
+def lengthened(section: TrainingSection, step: int, before: int, now: int) -> list[str]:
+    """What becomes of the schedule where a run of `before` steps goes on after step `step` as one of `now`, in lines.
+
+    The rate follows from the step and the length of the run alone: from here on it is that of a run of the new length.
+    """
+
+    def rate(number: int, total: int) -> str:
+        return f"{learning_rate(number - 1, total, section):.2e}"
+
+    lines, longer = [], f"the run has {now} steps in place of {before}"
+    if section.lr_scheduler_type == "constant" and warmup_steps(section, now) <= step:
+        lines.append(f"{longer}: its learning rate stays {rate(now, now)}")
+    elif step < now:
+        # Beyond its end the shorter run has no rate.
+        was = f"step {before} did at {rate(before, before)}"
+        if step < before:
+            was = f"in the run of {before} steps it does at {rate(step + 1, before)}"
+        lines.append(
+            f"{longer}, and its schedule is stretched: step {step + 1} learns at {rate(step + 1, now)}, {was}; "
+            f"step {now} will at {rate(now, now)}"
+        )
+    old, new = every(section.eval_steps, before), every(section.eval_steps, now)
+    if old != new:
+        lines.append(
+            f"training.eval_steps: {section.eval_steps} of the run is every {new} steps now, it was every {old}"
+        )
+    return lines

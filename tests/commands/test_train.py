@@ -73,6 +73,20 @@ def test_the_same_recipe_gives_the_same_bytes_and_its_resolved_form_too(tiny):
         assert read_metrics(runs / other) == read_metrics(runs / "recipe-1")
 
 
+def test_rows_in_columns_that_only_phrasings_know_go_on_and_repeat(tiny):
+    recipe, runs = tiny
+    rows = [{"review": f"it is {word}", "label": ["negative", "positive"][word > "m"]} for word in "abcdwxyz" * 3]
+    (recipe.parent / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [f"data.train.0.path={recipe.parent / 'reviews.jsonl'}", "data.train.0.templates=sst2"]
+    overrides += ["data.train.0.columns={sentence: review, label: label}"]
+    train(recipe, overrides)
+    train(runs / "recipe-1" / "recipe.yaml", [])
+    assert sha(weights(runs / "recipe-2", "lora")) == sha(weights(runs / "recipe-1", "lora"))
+    train(recipe, [*overrides, "training.max_steps=8"], resume=True)
+    assert {path.name for path in runs.iterdir()} == {"recipe-1", "recipe-2"}
+    assert max(line["step"] for path in runs.iterdir() for line in read_metrics(path)) == 8
+
+
 def test_paths_on_the_command_line_are_the_working_directorys(tiny, tmp_path, monkeypatch):
     recipe, _ = tiny
     here = tmp_path / "here"
@@ -185,7 +199,7 @@ def test_a_finished_run_goes_on_as_a_longer_one(tiny, capsys):
     train(recipe, [*CONSTANT, "training.max_steps=6"], resume=True)
     shown = capsys.readouterr().out
     assert f"going on with {short} after step 4" in shown
-    assert "the run has 6 steps in place of 4: from here on the learning rate is that of the longer run" in shown
+    assert "the run has 6 steps in place of 4: its learning rate stays 1.00e-02\n" in shown
     assert sha(weights(short, "lora")) == sha(weights(full, "lora"))
     assert read_metrics(short) == read_metrics(full)
     # The old result, and what was made of it, are kept, and no longer the run's.
@@ -204,7 +218,7 @@ def test_a_finished_run_goes_on_as_a_longer_one(tiny, capsys):
     assert sha(weights(runs / "recipe-2", "lora")) == before
 
 
-def test_a_longer_run_takes_its_own_learning_rates_from_the_checkpoint_on(tiny):
+def test_a_longer_run_takes_its_own_learning_rates_from_the_checkpoint_on(tiny, capsys):
     recipe, runs = tiny
     train(recipe, ["training.num_train_epochs=1", "training.max_steps=null"])
     run = runs / "recipe-1"
@@ -218,6 +232,12 @@ def test_a_longer_run_takes_its_own_learning_rates_from_the_checkpoint_on(tiny):
     assert {step: rates[step] for step in rates if step > begun} == {
         step: learning_rate(step - 1, total, section) for step in range(begun + 1, total + 1)
     }
+    # And says so, in the numbers of metrics.jsonl.
+    next_, was, last = rates[begun + 1], learning_rate(begun, 9, section), rates[total]
+    said = f"the run has {total} steps in place of 9, and its schedule is stretched: "
+    said += f"step {begun + 1} learns at {next_:.2e}"
+    said += f", in the run of 9 steps it does at {was:.2e}; step {total} will at {last:.2e}"
+    assert f"\n{said}\n" in capsys.readouterr().out
 
 
 def test_a_run_that_stopped_early_stops_as_early_when_it_is_longer(tiny, capsys):

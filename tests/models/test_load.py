@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ftkit.errors import UserError
+from ftkit.errors import NetworkError, UserError
 from ftkit.models import load
 from ftkit.models.load import BaseModel, find_base
 from ftkit.recipe.schema import ModelSection
@@ -73,6 +73,20 @@ def test_a_hub_model_is_read_from_its_snapshot(model: Path, monkeypatch: pytest.
     assert fetched == [("org/good", COMMIT, False)] * 2
     assert load.fingerprint(base) == load.fingerprint(base_at(model))
     assert fetched[2:] == [("org/good", COMMIT, True)]
+
+
+def test_a_name_that_is_no_path_may_be_one_with_a_slip(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the hub cannot be asked, what lies beside the recipe is likelier."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise NetworkError("no answer", how="try again")
+
+    monkeypatch.setattr(load, "resolve_commit", unreachable)
+    where = f"no answer, and there is no {model.parent}"
+    with pytest.raises(NetworkError, match=f"{where}/tiny-lama; did you mean {model}\\?"):
+        find_base("tiny-lama", SECTION, base=model.parent)
+    with pytest.raises(NetworkError, match=f"{where}/org/other; try again"):
+        find_base("org/other", SECTION, base=model.parent)
 
 
 @pytest.mark.parametrize("name", ["./models/tiny-lama", "models/../models/tiny-lama", "models/tiny-lama.gguf"])

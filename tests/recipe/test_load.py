@@ -260,13 +260,14 @@ training:
     assert problems(tmp_path, text, "training.learning_rate=high", "x") == [
         "recipe.yaml: base_model: required key is missing; add it: Hub id, directory, or .gguf file",
         "recipe.yaml:1: seed: expected a whole number of at least 0 and below 4294967296, got the number -1",
-        "recipe.yaml:3: data.train: expected a list of mappings (at least one), got the text 'train.jsonl'; start each"
-        " entry with a dash",
+        "recipe.yaml:3: data.train: expected a list of mappings (at least one), got the text 'train.jsonl'; write"
+        " [{path: train.jsonl}]",
         "recipe.yaml:4: data.max_lenght: unknown key; did you mean max_length?",
         "recipe.yaml:5: method.rank: expected a whole number above 0, got the text 'x'",
         "recipe.yaml:7: training.bf16: another tool's key; set model.dtype: bfloat16 or float32 (trained"
         " weights are kept in float32)",
-        "command line: 'x' sets no key; write it as key=value, e.g. training.learning_rate=1e-4",
+        "command line: 'x' sets no key; write it as key=value, e.g. training.learning_rate=1e-4, and one with spaces in"
+        " quotes: 'key=[a, b]'",
         "command line: training.learning_rate: expected a number above 0, got the text 'high'",
     ]
 
@@ -344,9 +345,9 @@ WRONG_OVERRIDES = {
     "data.train.2.path=x": "data.train.2.path: data.train has 1 entry, counted from 0; choose one of them, or 1",
     "data.eval.1.path=x": "data.eval.1.path: data.eval has no entries; write 0 to add one",
     "data.train.x.path=y": "data.train.x.path: unknown key",
-    "data.train.0.path.x=1": "data.train.0.path.x: unknown key",
+    "data.train.0.path.x=1": "data.train.0.path.x: data.train.0.path has no keys; set data.train.0.path to text",
     "method.rank=010": "method.rank: 010 has a leading zero; write 10 for the number, or '010' for text",
-    "method.targets=[q": "method.targets: a bracket or brace is not closed; put text that starts with",
+    "method.targets=[q": "method.targets: a bracket or brace is not closed; put the whole argument in quotes: ",
     "method.rank=x": "method.rank: expected a whole number above 0, got the text 'x'",
     "per_device_train_batch_size=4": "per_device_train_batch_size: the batch is global here; set",
     "quantization=nf5": "model.quantization: ",
@@ -524,6 +525,14 @@ def test_random_text_survives_writing(tmp_path: Path) -> None:
     data = recipe.data.model_copy(update={"chat_template_kwargs": {text: [text, {"x": text}] for text in texts}})
     changed = recipe.model_copy(update={"data": data})
     assert load(tmp_path, dump_recipe(changed)).recipe == changed
+
+
+def test_columns_of_phrasings_alone_are_written_too(tmp_path: Path) -> None:
+    """`sentence` is no column of a format: only the library's phrasings of sst2 name it."""
+    columns = ["data.train.0.templates=sst2", "data.train.0.columns={sentence: 'no', label: text}"]
+    recipe = load(tmp_path, BASE, *columns).recipe
+    assert recipe.data.train[0].columns.model_extra == {"sentence": "no", "label": "text"}
+    assert load(tmp_path, dump_recipe(recipe)).recipe == recipe
 
 
 PIECES = [

@@ -137,6 +137,21 @@ def test_axolotls_qlora(tmp_path: Path) -> None:
     assert "2 a device x 4 steps is a global batch of 8" in str(batch)
 
 
+def test_axolotls_trackers(tmp_path: Path) -> None:
+    text = "base_model: org/model\ndatasets: [{path: a.jsonl, type: alpaca}]\n"
+    found = translated(
+        tmp_path, text + "wandb_project: mine\nwandb_name: first\nwandb_entity: us\nuse_tensorboard: true\n"
+    )
+    expected = {"report_to": ["tensorboard", "wandb"], "project": "mine", "run_name": "first"}
+    assert found.recipe["training"] == expected
+    assert left_out(found) == {"wandb_entity"}
+    assert "training" not in translated(tmp_path, text + "wandb_project:\nuse_wandb: false\n").recipe
+    assert left_out(translated(tmp_path, text + "run_name: x\nreport_to: all\n")) == {
+        "training.run_name",
+        "report_to",
+    }
+
+
 @pytest.mark.parametrize(("adapter", "kind"), [("adapter: lora", "lora"), ("", "full"), ("adapter:", "full")])
 def test_axolotls_method(adapter: str, kind: str, tmp_path: Path) -> None:
     text = "base_model: org/model\ndatasets: [{path: a.jsonl, type: alpaca}]\n"

@@ -1,5 +1,7 @@
 """After which steps a run logs, evaluates and saves."""
 
+import pytest
+
 from ftkit.recipe.schema import TrainingSection
 from ftkit.training.cadence import Cadence
 
@@ -33,3 +35,11 @@ def test_without_validation_rows_saves_stand_alone():
     alone = cadence(10, validated=False, eval_steps=4, save_steps=3)
     assert steps(alone, "evaluates_after") == []
     assert steps(alone, "saves_after") == [3, 6, 9, 10]
+
+
+@pytest.mark.parametrize(("total", "every"), [(10, 4), (12, 4), (3, 5), (7, 1), (10, None)])
+def test_evaluations_that_are_left(total, every):
+    cadence = Cadence(total, 1, every, total)
+    for step in range(total + 1):
+        expected = sum(cadence.evaluates_after(later) for later in range(step + 1, total + 1))
+        assert cadence.evaluations_left(step) == expected
