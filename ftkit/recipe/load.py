@@ -183,11 +183,13 @@ def _line(problem: Problem) -> tuple[int, int]:
 def _plain(value: Any) -> Any:
     """Sections and tuples as dicts and lists."""
     if isinstance(value, Section):
-        return {
+        named = {
             name: plain
             for name, field in type(value).model_fields.items()
             if (plain := _plain(value.__dict__[name])) not in (None, [], {}) or value.__dict__[name] != field.default
         }
+        # Columns that only the phrasings name are no fields.
+        return named | _plain(value.__pydantic_extra__ or {})
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
