@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ftkit.training.build import Built
     from ftkit.training.prepare import Prepared
 
+    Watch = Callable[[Prepared, Built], None]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,6 +39,10 @@ class Options:
     overwrite: bool = False
     offline: bool = False
     trust_remote_code: bool = False
+    first_rows: int | None = None
+    """Of each data set, where no more are to be read."""
+    on_cpu: bool = False
+    """Compute there, whatever else the machine has."""
 
 
 def train(
@@ -68,7 +75,7 @@ def train(
         run_processes(_arguments(recipe, overrides, options), launch)
         return
     try:
-        _train_here(loaded, options)
+        train_here(loaded, options, Console(quiet=int(os.environ.get("RANK", "0")) > 0))
     except FtkitError as error:
         raise error.located(loaded.marks) from error
 
@@ -96,13 +103,15 @@ def _arguments(recipe: Path, overrides: list[str], options: Options) -> list[str
     return arguments
 
 
-def _train_here(loaded: LoadedRecipe, options: Options) -> None:
-    """Train in this process, one of `World.size`."""
+def train_here(loaded: LoadedRecipe, options: Options, console: Console, watch: "Watch | None" = None) -> None:
+    """Train in this process, one of `World.size`.
+
+    Args:
+        watch: called with the run when it is about to take its first step.
+    """
     from ftkit.distributed import World
     from ftkit.lock import RunLock
     from ftkit.training.prepare import prepare
-
-    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
 
     # 1. Everything that needs no weights, before any process group exists: it would time out meanwhile.
     prepared = prepare(
@@ -111,12 +120,13 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
         offline=options.offline,
         trust_remote_code=options.trust_remote_code,
         begins=not (options.resume or options.checkpoint),
+        first_rows=options.first_rows,
     )
     prepared.print(console)
 
-    world, lock = World(), RunLock()
+    world, lock = World(on_cpu=options.on_cpu), RunLock()
     try:
-        _train_as(world, loaded, options, prepared, console, lock)
+        _train_as(world, loaded, options, prepared, console, lock, watch)
         # Nobody leaves while another still needs it.
         world.barrier()
     finally:
@@ -126,7 +136,13 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
 
 
 def _train_as(
-    world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
+    world: "World",
+    loaded: LoadedRecipe,
+    options: Options,
+    prepared: "Prepared",
+    console: Console,
+    lock: "RunLock",
+    watch: "Watch | None",
 ) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
     from ftkit.figures import curves
@@ -173,6 +189,8 @@ def _train_as(
     world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
 
     # 4. The loop.
+    if watch is not None:
+        watch(prepared, built)
     built.loop.run(built.state)
 
     # 5. The result: the weights of the best or the last checkpoint.
