@@ -107,7 +107,7 @@ def measure(place: Path, model: str, method: str, checkpointing: bool, options: 
     assert found["code"] == 0, run.stderr
     newest = max((place / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
     lines = [json.loads(line) for line in (newest / "metrics.jsonl").read_text("utf-8").splitlines()]
-    took = sum(line["seconds"] for line in lines if "seconds" in line and "loss" in line)
+    took = sum(line["timing"]["seconds"] for line in lines if "loss" in line)
     total = planned["memory_bytes"]["total"]
     return Row(Path(model).name[:24], method, checkpointing, total, found["peak"], planned["seconds"], took)
 

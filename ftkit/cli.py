@@ -19,6 +19,7 @@ import typer
 from ftkit import options
 from ftkit.errors import FtkitError
 from ftkit.failures import interrupted, known_failure, usage_error
+from ftkit.github import annotations
 from ftkit.verbs import Verbs
 
 
@@ -62,8 +63,19 @@ def train(
     num_processes: options.NumProcesses = None,
     launch_config: options.LaunchConfig = None,
     trust_remote_code: options.RemoteCode = False,
+    smoke: options.Smoke = False,
+    smoke_model: options.SmokeModel = None,
 ) -> None:
     """Fine-tune a model as RECIPE says, into a new run directory."""
+    if smoke or smoke_model is not None:
+        from ftkit.commands.smoke import smoke as smoke_command
+
+        others: dict[str, object] = {"--resume": resume, "--from": checkpoint, "--overwrite": overwrite}
+        others |= {"--dry-run": dry_run, "--num-processes": num_processes, "--launch-config": launch_config}
+        others |= {"--smoke": not smoke}
+        common = {"offline": offline, "trust_remote_code": trust_remote_code}
+        smoke_command(recipe, overrides or [], model=smoke_model, others=others, **common)
+        return
     from ftkit.commands.train import train as command
 
     command(
@@ -309,6 +321,11 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(error: FtkitError) -> int:
     for problem in error.problems:
         print(f"ftkit: error: {problem}", file=sys.stderr)
+    for line in annotations(error.problems):
+        print(line)
+    if error.last_line is not None:
+        print(error.last_line)
+    sys.stdout.flush()
     return error.exit_code
 
 

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Table
 from rich.text import Text
 
+from ftkit.github import add_table
+
 WIDTH_WITHOUT_TERMINAL = 1000
 """Columns in pipes and logs: tables are as wide as they need, and a program that reads them finds a row in one line."""
 BARS = "▁▂▃▄▅▆▇█"
@@ -64,8 +66,12 @@ class Console:
         self.line(f"warning: {text}", style="yellow")
 
     def table(self, table: Table) -> None:
-        """Print a rich table."""
+        """Print a rich table; in a job of GitHub's it goes to the job's summary too."""
         self._print(table)
+        if not self._rich.quiet:
+            cells = ([_plain(cell) for cell in column.cells] for column in table.columns)
+            headers = [_plain(column.header) for column in table.columns]
+            add_table(_plain(table.title or ""), headers, list(zip(*cells, strict=True)))
 
     def debug(self, text: str) -> None:
         """Write a line to train.log only."""
@@ -98,6 +104,11 @@ class Console:
     def _print(self, renderable: Text | Table) -> None:
         self._rich.print(renderable)
         self._log.print(renderable)
+
+
+def _plain(cell: object) -> str:
+    """What a table's cell shows, without its style."""
+    return cell.plain if isinstance(cell, Text) else str(cell)
 
 
 class _Remaining(TimeRemainingColumn):

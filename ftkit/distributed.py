@@ -32,13 +32,14 @@ TIMEOUT = timedelta(minutes=30)
 class World:
     """The processes of one run, seen from one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_cpu: bool = False) -> None:
+        """`on_cpu`: compute there, whatever else the machine has."""
         # No mixed precision of accelerate's: ftkit casts where weights are used (models/precision.py), autocast would
         # cast a second time. Its accumulation stays at 1, since `backward` divides by it.
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         self._accelerator = Accelerator(
             # Without being told so, accelerate would take several processes on a CPU for that many runs.
-            cpu=processes > 1 and not torch.cuda.is_available(),
+            cpu=on_cpu or (processes > 1 and not torch.cuda.is_available()),
             mixed_precision="no",
             gradient_accumulation_steps=1,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],

@@ -38,6 +38,8 @@ class FtkitError(Exception):
     """Base of all errors that users see; `exit_code` is the process's exit code."""
 
     exit_code = 1
+    last_line: str | None = None
+    """What standard output is to end with, where a program reads it."""
 
     def __init__(self, what: str, *, how: str | None = None, where: str | None = None, key: KeyPath = ()) -> None:
         self.problems: tuple[Problem, ...] = (Problem(what, how, where, key),)

@@ -261,6 +261,17 @@ def model_on_meta(prepared: PreparedModel, compute_dtype: torch.dtype, attention
     return model
 
 
+def count_parameters(prepared: PreparedModel) -> Report:
+    """Count them alone, which takes no trace.
+
+    Raises:
+        UserError: the method finds no place in the model.
+    """
+    model = model_on_meta(prepared, torch.float32)
+    section = prepared.recipe.method
+    return report(model, METHODS[section.type], beside=state_beside(model, section))
+
+
 def estimate_model(prepared: PreparedModel, place: Place | None = None) -> ModelEstimate:
     """Count a model's parameters and its bytes in training.
 

@@ -23,7 +23,6 @@ LATER_VERBS = {
 
 LATER_OPTIONS = {
     "--quantization": "leave it out",
-    "--smoke": "use --dry-run, or training.max_steps=2",
 }
 """Options of later versions -> what to do until then."""
 

@@ -100,6 +100,13 @@ Tolerance = Annotated[
 Ignore = Annotated[
     list[str] | None, typer.Option(metavar="PART", help="recipe, data, environment, loss or weights; repeatable.")
 ]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="Try the recipe in a minute: a tiny random model, 8 rows a data set, 2 steps.")
+]
+SmokeModel = Annotated[
+    Path | None,
+    typer.Option("--smoke-model", metavar="DIR", help="With --smoke: a directory with configuration and tokenizer."),
+]
 FromCheckpoint = Annotated[
     Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on from this checkpoint.")
 ]

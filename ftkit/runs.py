@@ -50,8 +50,7 @@ _UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
 _NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 """What a directory cannot be created for because of its path alone."""
 
-PACKAGES: tuple[str, ...] = ("ftkit", "torch", "transformers", "accelerate", "datasets")
-PACKAGES += ("safetensors", "tokenizers", "numpy", "pydantic")
+PACKAGES = tuple("ftkit torch transformers accelerate datasets safetensors tokenizers numpy pydantic".split())
 """Whose versions environment.json holds."""
 
 
@@ -71,7 +70,7 @@ def new_run_directory(pattern: str, *, name: str, method: str, overwrite: bool) 
         UserError: the directory holds a run, or something else; another process is writing to it; no directory can have
             this name.
     """
-    text = _fill(pattern, name=name, method=method)
+    text = fill_output(pattern, name=name, method=method)
     try:
         return (_numbered(text), None) if "{n}" in text else _named(Path(text), overwrite=overwrite)
     except OSError as error:
@@ -140,7 +139,7 @@ def set_aside_results(run: Path) -> None:
 
 def find_runs(pattern: str, *, name: str, method: str) -> list[Path]:
     """The directories of runs that `output_dir`'s pattern stands for, whatever `{n}` and `{time}` are; newest first."""
-    text = str(Path(_fill(pattern, name=name, method=method, time_text="{time}")))
+    text = str(Path(fill_output(pattern, name=name, method=method, time_text="{time}")))
     pieces = re.split(r"(\{n\}|\{time\})", text)
     found = glob.glob("".join("*" if piece in _UNIQUE else glob.escape(piece) for piece in pieces))
     # Only what placeholders are filled with: not runs that were moved aside, nor those of recipe-b for recipe-{n}.
@@ -173,7 +172,8 @@ def recorded_environment(run: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _fill(pattern: str, *, name: str, method: str, time_text: str | None = None) -> str:
+def fill_output(pattern: str, *, name: str, method: str, time_text: str | None = None) -> str:
+    """`output_dir` with its placeholders filled in, but for {n}."""
     stamp = time_text or time.strftime("%Y%m%d-%H%M%S")
     # Braces in a file's own name must not pass for placeholders.
     name = re.sub("[{}]", "_", name)

@@ -15,6 +15,7 @@ import ftkit
 PACKAGE = Path(ftkit.__path__[0])
 LAYERS = (
     "errors",
+    "github",
     "console",
     "distributed",
     "recipe",
@@ -35,6 +36,7 @@ LAYERS = (
     "draft",
     "machine",
     "artifacts",
+    "smoke",
     "commands",
     "failures",
     "options",
@@ -44,7 +46,7 @@ LAYERS = (
 )
 """From the bottom to the top; a module imports from below only."""
 ONLY_IN = {"accelerate": "ftkit.distributed", "peft": "no module", "trl": "no module"}
-LIGHT = ("errors", "console", "recipe", "launch", "slurm", "commands", "failures", "options", "verbs", "cli")
+LIGHT = ("errors", "github", "console", "recipe", "launch", "slurm", "commands", "failures", "options", "verbs", "cli")
 """Layers that load none of HEAVY before they need it: `--help` and a wrong recipe answer at once."""
 MAX_FILE, MAX_FUNCTION, MAX_UNDESCRIBED = 350, 80, 12
 """Lines of a module, of a function, and of a public function without a docstring, at most."""
@@ -219,8 +221,9 @@ def test_public_functions_are_described() -> None:
 def test_the_checks_find_offenders() -> None:
     """Each check, on modules that break its rule."""
     data = "def f():\n    from ftkit.models.load import x\n"
+    places = f"L{LAYERS.index('data')} -> L{LAYERS.index('models')}"
     assert upward_imports({"ftkit.data.a": data, "ftkit.models.load": ""}) == [
-        "ftkit.data.a may not import ftkit.models.load: L6 -> L7"
+        f"ftkit.data.a may not import ftkit.models.load: {places}"
     ]
     assert upward_imports({"ftkit.data.a": "from ftkit.recipe import load", "ftkit.recipe.load": ""}) == []
     ring = {"ftkit.data.a": "import ftkit.data.b", "ftkit.data.b": "from ftkit.data import c", "ftkit.data.c": ""}

@@ -84,6 +84,26 @@ def test_train_passes_everything_on(calls: list[Any]) -> None:
     ]
 
 
+def test_smoke_is_a_command_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("ftkit.commands.smoke")
+    signature, seen = inspect.signature(module.smoke), []
+    monkeypatch.setattr(module, "smoke", lambda *given, **named: seen.append(signature.bind(*given, **named).arguments))
+    assert run(["train", "r.yaml", "seed=1", "--smoke", "--smoke-model", "m", "--offline", "--trust-remote-code"]) == 0
+    assert run(["train", "r.yaml", "--smoke", "--from", "c", "--num-processes", "1"]) == 0
+    assert run(["train", "r.yaml", "--smoke-model", "m"]) == 0
+    named = ["--resume", "--from", "--overwrite", "--dry-run", "--num-processes", "--launch-config", "--smoke"]
+    nothing = dict.fromkeys(named, False) | dict.fromkeys(["--from", "--num-processes", "--launch-config"])
+    both = {"offline": True, "trust_remote_code": True}
+    neither = {"offline": False, "trust_remote_code": False}
+    assert seen == [
+        {"recipe": Path("r.yaml"), "overrides": ["seed=1"], "model": Path("m"), "others": nothing, **both},
+        {"recipe": Path("r.yaml"), "overrides": [], "model": None, **neither}
+        | {"others": nothing | {"--from": Path("c"), "--num-processes": 1}},
+        {"recipe": Path("r.yaml"), "overrides": [], "model": Path("m"), **neither}
+        | {"others": nothing | {"--smoke": True}},
+    ]
+
+
 def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
     common = ["--offline", "--trust-remote-code"]
     place = ["--memory", "24GB", "--num-processes", "2"]

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ftkit.training.build import Built
     from ftkit.training.prepare import Prepared
 
+    Watch = Callable[[Prepared, Built], None]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -36,6 +39,10 @@ class Options:
     overwrite: bool = False
     offline: bool = False
     trust_remote_code: bool = False
+    first_rows: int | None = None
+    """Of each data set, where no more are to be read."""
+    on_cpu: bool = False
+    """Compute there, whatever else the machine has."""
 
 
 def train(
@@ -71,7 +78,7 @@ def train(
         run_processes(_arguments(recipe, overrides, options), launch)
         return
     try:
-        _train_here(loaded, options)
+        train_here(loaded, options, Console(quiet=int(os.environ.get("RANK", "0")) > 0))
     except FtkitError as error:
         raise error.located(loaded.marks) from error
 
@@ -99,13 +106,15 @@ def _arguments(recipe: Path, overrides: list[str], options: Options) -> list[str
     return arguments
 
 
-def _train_here(loaded: LoadedRecipe, options: Options) -> None:
-    """Train in this process, one of `World.size`."""
+def train_here(loaded: LoadedRecipe, options: Options, console: Console, watch: "Watch | None" = None) -> None:
+    """Train in this process, one of `World.size`.
+
+    Args:
+        watch: called with the run when it is about to take its first step.
+    """
     from ftkit.distributed import World
     from ftkit.lock import RunLock
     from ftkit.training.prepare import prepare
-
-    console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
 
     # 1. Everything that needs no weights, before any process group exists: it would time out meanwhile.
     prepared = prepare(
@@ -114,12 +123,13 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
         offline=options.offline,
         trust_remote_code=options.trust_remote_code,
         begins=not (options.resume or options.checkpoint),
+        first_rows=options.first_rows,
     )
     prepared.print(console)
 
-    world, lock = World(), RunLock()
+    world, lock = World(on_cpu=options.on_cpu), RunLock()
     try:
-        _train_as(world, loaded, options, prepared, console, lock)
+        _train_as(world, loaded, options, prepared, console, lock, watch)
         # Nobody leaves while another still needs it.
         world.barrier()
     finally:
@@ -129,15 +139,19 @@ def _train_here(loaded: LoadedRecipe, options: Options) -> None:
 
 
 def _train_as(
-    world: "World", loaded: LoadedRecipe, options: Options, prepared: "Prepared", console: Console, lock: "RunLock"
+    world: "World",
+    loaded: LoadedRecipe,
+    options: Options,
+    prepared: "Prepared",
+    console: Console,
+    lock: "RunLock",
+    watch: "Watch | None",
 ) -> None:
     """Train a planned run. Its own function, so that everything that uses the process group ends before it does."""
-    from ftkit.figures import curves_of, evaluation_table, loss_figures
     from ftkit.fit import choose_layout, settle_by_trial
     from ftkit.runs import LOG, METRICS, MetricsFile
     from ftkit.training.budget import read_budget
     from ftkit.training.build import build, isolate
-    from ftkit.training.result import publish_result
     from ftkit.training.start import Start, begin, find_start, give_up
     from ftkit.training.trackers import tracking
 
@@ -184,6 +198,8 @@ def _train_as(
     world.on_main(lambda: _write_records(loaded, prepared, built, start.run, metrics))
 
     # 4. The loop, followed by the recipe's trackers.
+    if watch is not None:
+        watch(prepared, built)
     with tracking(metrics, loaded.recipe.training, start.run, console, main=world.is_main, step=built.state.step):
         built.loop.run(built.state)
 
@@ -195,25 +211,27 @@ def _train_as(
         f"evaluation{since}, padding included"
     )
 
-    def publish() -> None:
-        result = publish_result(start.run, built.state, prepared=prepared, method=built.method, model=built.model)
-        console.line()
-        found = loss_figures(metrics.path)
-        evaluations = evaluation_table(
-            found,
-            metric=prepared.recipe.training.metric_for_best_model,
-            best=built.state.best_step,
-            published=result.step,
-        )
-        if evaluations is not None:
-            console.table(evaluations)
-        for curve in curves_of(found):
-            console.line(curve)
-        console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
-        for command in result.next_commands:
-            console.line(f"  {command}")
+    world.on_main(lambda: _publish(prepared, built, start.run, console, started))
 
-    world.on_main(publish)
+
+def _publish(prepared: "Prepared", built: "Built", run: Path, console: Console, started: float) -> None:
+    """Write the result; show how the losses went, which checkpoint it is, and what to do with it."""
+    from ftkit.figures import curves_of, evaluation_table, loss_figures
+    from ftkit.runs import METRICS
+    from ftkit.training.result import publish_result
+
+    result = publish_result(run, built.state, prepared=prepared, method=built.method, model=built.model)
+    console.line()
+    found = loss_figures(run / METRICS)
+    metric = prepared.recipe.training.metric_for_best_model
+    evaluations = evaluation_table(found, metric=metric, best=built.state.best_step, published=result.step)
+    if evaluations is not None:
+        console.table(evaluations)
+    for curve in curves_of(found):
+        console.line(curve)
+    console.line(f"done in {human_seconds(time.perf_counter() - started)}: {result.text}", style="bold")
+    for command in result.next_commands:
+        console.line(f"  {command}")
 
 
 def _write_records(

@@ -1,7 +1,7 @@
 """One data set of the recipe: its rows read once into a file of documents, and which of them are used."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -101,19 +101,22 @@ def load_corpus(
     key: KeyPath,
     seed: int,
     progress: Progress,
+    first_rows: int | None = None,
 ) -> Corpus:
     """Read and parse a data set, unless that has been done before, and take its subset.
 
     Clusters are held out of training data only.
 
     Args:
-        directory: where a relative path at a key of the recipe starts; the recipe's own or, for what the command line
-            says, the working one.
+        directory: of a key, where a relative path there starts (`LoadedRecipe.directory`).
+        first_rows: read no more; all of them where clusters choose some.
 
     Raises:
         FtkitError: no such data set, the format is unknown, or rows are bad (all of them at once).
     """
     source = find_source(section, base=directory((*key, "path")), key=key)
+    if not any(part.clusters or part.exclude_clusters for part in (section, data)):
+        source = replace(source, first=first_rows)
     phrasings = None
     if section.templates is not None:
         templates_key = (*key, "templates")

@@ -101,6 +101,7 @@ def make_plan(
     *,
     directory: Callable[[KeyPath], Path],
     progress: Progress = lambda what, done, total: None,
+    first_rows: int | None = None,
 ) -> Plan:
     """Read, parse, split and encode all data, and draw every batch of the run.
 
@@ -109,12 +110,13 @@ def make_plan(
         encoder: turns documents into examples.
         directory: of a key whose value is a relative path, where that path starts (`LoadedRecipe.directory`).
         progress: told how far it is.
+        first_rows: read no more of each data set, where it is not cut to clusters.
 
     Raises:
         FtkitError: a data set is missing, wrong or empty, or has no token to train on (all data sets at once).
     """
     # 1. Rows -> documents, and which of them are measured and never trained on.
-    train, evaluation = _load(recipe, directory, progress)
+    train, evaluation = _load(recipe, directory, progress, first_rows)
     without_rows = check_clusters(recipe.data, train)
     left_out = [corpus.name for corpus in train if len(corpus.chosen) == 0]
     train = [corpus for corpus in train if len(corpus.chosen)]
@@ -164,7 +166,7 @@ def make_plan(
 
 
 def _load(
-    recipe: Recipe, directory: Callable[[KeyPath], Path], progress: Progress
+    recipe: Recipe, directory: Callable[[KeyPath], Path], progress: Progress, first_rows: int | None
 ) -> tuple[list[Corpus], list[Corpus]]:
     """The data sets of data.train and of data.eval, or one error for all that are wrong."""
     problems: list[Problem] = []
@@ -175,7 +177,14 @@ def _load(
             key: KeyPath = ("data", which, index)
             try:
                 corpus = load_corpus(
-                    dataset, name, recipe.data, directory=directory, key=key, seed=recipe.seed, progress=progress
+                    dataset,
+                    name,
+                    recipe.data,
+                    directory=directory,
+                    key=key,
+                    seed=recipe.seed,
+                    progress=progress,
+                    first_rows=first_rows,
                 )
                 corpora.append(corpus)
             except UserError as error:

@@ -30,6 +30,8 @@ class Source:
     hub: Any = None
     """A `datasets.Dataset`."""
     hub_name: str = ""
+    first: int | None = None
+    """Records that are read; None: all."""
 
     def stream(self) -> Iterator[Row | BadRecord | Problem]:
         """All rows, in the order of the files, and what is wrong between them.
@@ -39,6 +41,8 @@ class Source:
         """
         index = 0
         for found in self._records():
+            if index == self.first:
+                return
             if isinstance(found, Record):
                 yield Row(index, found.fields, found.where)
             else:
@@ -49,6 +53,8 @@ class Source:
     def digest(self) -> str:
         """SHA-256 in hex over the bytes of the files, or the hub data set's own fingerprint."""
         digest = hashlib.sha256()
+        if self.first is not None:
+            digest.update(f"the first {self.first}\0".encode())
         if self.hub is not None:
             digest.update(f"{self.hub_name}\0{self.hub._fingerprint}\0{len(self.hub)}".encode())
         for file in self.files:

@@ -8,9 +8,10 @@ from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
 
 from ftkit.data.cache import cache_directory
 from ftkit.errors import KeyPath, UserError
@@ -53,6 +54,30 @@ def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:
     return directory
 
 
+def write_gguf_parts(path: Path, directory: Path, *, key: KeyPath = ()) -> None:
+    """Write configuration, tokenizer and generation config of a .gguf file to `directory`, without reading its weights.
+
+    Raises:
+        UserError: as `convert_gguf`.
+    """
+    _check_readable(path, key=key)
+    from gguf import GGUFReader
+
+    quiet_transformers()
+    try:
+        reader = GGUFReader(path)
+        # transformers would read the file once for each, which takes seconds a time.
+        with redirect_stderr(io.StringIO()), patch("gguf.GGUFReader", lambda *_, **__: reader):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises the base class itself
+        raise _unreadable(path, error, key) from None
+    _check_rotary(path, reader, config, key=key)
+    config.save_pretrained(directory)
+    _save_tokenizer(tokenizer, config, directory)
+    _generation_config(tokenizer, reader).save_pretrained(directory)
+
+
 def _check_readable(path: Path, *, key: KeyPath) -> None:
     if find_spec("gguf") is None:
         raise UserError("a .gguf base needs the gguf package", how="pip install 'ftkit[gguf]'", key=key)
@@ -84,20 +109,32 @@ def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         reader = GGUFReader(path)
     except Exception as error:  # the tokenizers library raises the base class itself
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} cannot be converted: {reason}", how=_INSTEAD, key=key) from None
+        raise _unreadable(path, error, key) from None
     model, info = loaded
     if info["missing_keys"]:
         what = f"{path} lacks weights of its model, e.g. {min(info['missing_keys'])}"
         raise UserError(what, how=_INSTEAD, key=key)
     _check_rotary(path, reader, model.config, key=key)
 
-    tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    model.generation_config = GenerationConfig(
+    model.generation_config = _generation_config(tokenizer, reader)
+    model.save_pretrained(directory)
+    _save_tokenizer(tokenizer, model.config, directory)
+
+
+def _unreadable(path: Path, error: Exception, key: KeyPath) -> UserError:
+    reason = str(error).strip().split("\n")[0]
+    return UserError(f"{path} cannot be converted: {reason}", how=_INSTEAD, key=key)
+
+
+def _save_tokenizer(tokenizer: Any, config: PreTrainedConfig, directory: Path) -> None:
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer.save_pretrained(directory)
+
+
+def _generation_config(tokenizer: Any, reader: "GGUFReader") -> GenerationConfig:
+    return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=_end_tokens(reader), pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def _check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *, key: KeyPath) -> None:

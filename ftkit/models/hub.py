@@ -62,8 +62,11 @@ class UnknownModelError(UserError):
     """The name is no model's on the hub, or in its cache where the network is off."""
 
 
-def resolve_commit(repo_id: str, revision: str | None, *, offline: bool) -> str:
+def resolve_commit(repo_id: str, revision: str | None, *, offline: bool, weights: bool = True) -> str:
     """The commit that `revision` (None: the default branch) names, after checking that the model can be had.
+
+    Args:
+        weights: what lies in the cache counts only with its weights.
 
     One request lists the repository's files, a second fetches config.json: a gated repository shows its list to
     everybody. A commit that lies complete in the cache needs neither, and the cache steps in where the network fails.
@@ -73,14 +76,14 @@ def resolve_commit(repo_id: str, revision: str | None, *, offline: bool) -> str:
         NetworkError: no connection, a timeout, or a server error.
     """
     if offline or is_offline_mode():
-        return _resolve_cached(repo_id, revision)
-    if revision is not None and _COMMIT.fullmatch(revision) and _is_cached(repo_id, revision):
+        return _resolve_cached(repo_id, revision, weights=weights)
+    if revision is not None and _COMMIT.fullmatch(revision) and _is_cached(repo_id, revision, weights=weights):
         return revision
     try:
         return _resolve_online(repo_id, revision)
     except NetworkError:
         try:
-            return _resolve_cached(repo_id, revision)
+            return _resolve_cached(repo_id, revision, weights=weights)
         except FtkitError:
             pass
         raise
@@ -157,16 +160,16 @@ def _resolve_online(repo_id: str, revision: str | None) -> str:
     return info.sha
 
 
-def _resolve_cached(repo_id: str, revision: str | None) -> str:
+def _resolve_cached(repo_id: str, revision: str | None, *, weights: bool) -> str:
     with hub_errors(repo_id, revision):
         commit = str(resolve_revision(repo_id, revision=revision, local_files_only=True).resolved)
-    fetch(repo_id, commit, weights=True, code=False, offline=True)
+    fetch(repo_id, commit, weights=weights, code=False, offline=True)
     return commit
 
 
-def _is_cached(repo_id: str, commit: str) -> bool:
+def _is_cached(repo_id: str, commit: str, *, weights: bool) -> bool:
     try:
-        fetch(repo_id, commit, weights=True, code=False, offline=True)
+        fetch(repo_id, commit, weights=weights, code=False, offline=True)
     except FtkitError:
         return False
     return True

@@ -82,7 +82,7 @@ def find_base(
             raise UserError(f"no such model: {path}", how=_similar(path), key=BASE_KEY)
         repo_id = base_model.removeprefix(HUB_PREFIX)
         try:
-            revision = resolve_commit(repo_id, section.revision, offline=offline)
+            revision = resolve_commit(repo_id, section.revision, offline=offline, weights=weights)
         except (UnknownModelError, NetworkError) as error:
             if base_model.startswith(HUB_PREFIX):
                 raise

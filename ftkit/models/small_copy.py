@@ -45,30 +45,33 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedModel:
         Exception: whatever transformers raises on a configuration that does not bear cutting.
     """
     # Meta tensors hold no numbers: these two cost no memory whatever the size of the model.
-    whole = _build(_plain(config), device="meta")
-    small = _cut(config, num_layers=_prefix_with_every_kind(whole, config))
-    size = _build(small, device="meta").num_parameters()
+    whole = build_random(plain_copy(config), device="meta")
+    kinds = layer_kinds(whole, config)
+    small = _cut(config, num_layers=1 + max(kinds.index(kind) for kind in set(kinds)))
+    size = build_random(small, device="meta").num_parameters()
     if size > MAX_PARAMETERS:
-        layers = _text(small).num_hidden_layers
+        layers = text_config(small).num_hidden_layers
         raise ValueError(f"every kind of layer takes {layers} layers of {size:,} parameters, too many")
-    model = _build(small, device="cpu")
-    _add_noise(model)
+    model = build_random(small, device="cpu")
+    add_noise(model)
     return model.train()
 
 
-def _build(config: PreTrainedConfig, *, device: str) -> PreTrainedModel:
+def build_random(config: PreTrainedConfig, *, device: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A float32 model as transformers initialises it, always the same; the global random state is left as it was."""
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        build = auto_class(config).from_config
+        model: PreTrainedModel = build(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     return model
 
 
-def _text(config: PreTrainedConfig) -> PreTrainedConfig:
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration of the language model, which is the whole one where there is nothing else."""
     return config.get_text_config(decoder=True)
 
 
-def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
+def plain_copy(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy that builds an ordinary model with transformers' own choice of attention."""
     plain = copy.deepcopy(config)
     plain._attn_implementation = None
@@ -77,11 +80,11 @@ def _plain(config: PreTrainedConfig) -> PreTrainedConfig:
     return plain
 
 
-def _prefix_with_every_kind(model: PreTrainedModel, config: PreTrainedConfig) -> int:
+def layer_kinds(model: PreTrainedModel, config: PreTrainedConfig) -> list[tuple[Any, ...]]:
+    """What kind each layer of `model`, which was built from `config`, is: equal where two are alike."""
     blocks = describe(model).blocks
-    by_layer = [value for value in _text(config).to_dict().values() if _is_by_layer(value, len(blocks))]
-    kinds = [(_kind(block), tuple(str(values[i]) for values in by_layer)) for i, block in enumerate(blocks)]
-    return 1 + max(kinds.index(kind) for kind in set(kinds))
+    by_layer = [value for value in text_config(config).to_dict().values() if _is_by_layer(value, len(blocks))]
+    return [(_kind(block), tuple(str(values[i]) for values in by_layer)) for i, block in enumerate(blocks)]
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
@@ -107,13 +110,10 @@ def _is_by_layer(value: object, num_layers: int) -> bool:
 
 
 def _cut(config: PreTrainedConfig, *, num_layers: int) -> PreTrainedConfig:
-    small = _plain(config)
-    text = _text(small)
+    small = plain_copy(config)
+    text = text_config(small)
     _cut_text(text, num_layers=num_layers)
-    for name in small.sub_configs:
-        other = getattr(small, name, None)
-        if isinstance(other, PreTrainedConfig) and other is not text:
-            _cut_tower(other)
+    cut_towers(small)
     for part in (small, text):
         part.pad_token_id, part.bos_token_id, part.eos_token_id = 0, 1, 2
     return small
@@ -131,10 +131,16 @@ def _cut_text(small: PreTrainedConfig, *, num_layers: int) -> None:
             setattr(small, name, min(FEED_FORWARD_WIDTH, value))
         elif isinstance(value, int | float) and any(part in name for part in RANDOM_KEYS):
             setattr(small, name, type(value)(0))
+    cut_experts(small)
+
+
+def cut_experts(text: PreTrainedConfig) -> None:
+    """Leave a mixture twice as many experts as a token chooses, and at least 8."""
+    values = text.to_dict()
     top_k = next((values[name] for name in TOP_K_KEYS if isinstance(values.get(name), int)), 2)
     for name in EXPERT_KEYS:
         if isinstance(values.get(name), int):
-            setattr(small, name, min(values[name], max(8, 2 * top_k)))
+            setattr(text, name, min(values[name], max(8, 2 * top_k)))
 
 
 def _cut_depth(text: PreTrainedConfig, *, num_layers: int) -> None:
@@ -148,14 +154,19 @@ def _cut_depth(text: PreTrainedConfig, *, num_layers: int) -> None:
         text.num_kv_shared_layers = max(0, text.num_kv_shared_layers - (whole - num_layers))
 
 
-def _cut_tower(small: PreTrainedConfig) -> None:
-    for name in DEPTH_KEYS:
-        if isinstance(getattr(small, name, None), int):
-            setattr(small, name, 1)
+def cut_towers(small: PreTrainedConfig) -> None:
+    """Leave towers for images and sound, which no text reaches, one layer."""
+    text = text_config(small)
+    for part in small.sub_configs:
+        tower = getattr(small, part, None)
+        if isinstance(tower, PreTrainedConfig) and tower is not text:
+            for name in DEPTH_KEYS:
+                if isinstance(getattr(tower, name, None), int):
+                    setattr(tower, name, 1)
 
 
 @torch.no_grad()
-def _add_noise(model: PreTrainedModel) -> None:
+def add_noise(model: PreTrainedModel) -> None:
     """Noise large enough to show what each weight does, small enough to leave attention scores of order one."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -171,9 +182,10 @@ def shallow(config: PreTrainedConfig) -> PreTrainedConfig:
     Raises:
         Exception: whatever transformers raises on a configuration that does not bear cutting.
     """
-    cut = _plain(config)
-    text = _text(cut)
-    layers = min(text.num_hidden_layers, max(2, _prefix_with_every_kind(_build(cut, device="meta"), config)))
+    cut = plain_copy(config)
+    text = text_config(cut)
+    kinds = layer_kinds(build_random(cut, device="meta"), config)
+    layers = min(text.num_hidden_layers, max(2, 1 + max(kinds.index(kind) for kind in set(kinds))))
     _cut_depth(text, num_layers=layers)
     for name in VOCAB_KEYS:
         if isinstance(getattr(text, name, None), int):

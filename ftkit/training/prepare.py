@@ -116,12 +116,19 @@ def mixture_table(plan: Plan) -> Table:
 
 
 def prepare(
-    loaded: LoadedRecipe, console: Console, *, offline: bool, trust_remote_code: bool, begins: bool = True
+    loaded: LoadedRecipe,
+    console: Console,
+    *,
+    offline: bool,
+    trust_remote_code: bool,
+    begins: bool = True,
+    first_rows: int | None = None,
 ) -> Prepared:
     """Find the base, then read, phrase, encode and deal the data.
 
     Args:
         begins: whether a run begins with it; one that has begun needs `method.init_from` no more.
+        first_rows: read no more of each data set (`make_plan`).
 
     Raises:
         FtkitError: the base cannot be had (before any data is read), the data is bad or empty, the template is refused.
@@ -135,7 +142,7 @@ def prepare(
     template = chat_template_for(tokenizer, recipe.model, template_directory, recipe.data.chat_template_kwargs)
     encoder = make_encoder(tokenizer, template, recipe.data)
     with console.progress("preparing data", total=1) as bar:
-        plan = make_plan(recipe, encoder, directory=loaded.directory, progress=bar.show)
+        plan = make_plan(recipe, encoder, directory=loaded.directory, progress=bar.show, first_rows=first_rows)
     _check_metric(recipe, plan)
     text = recipe.method.init_text if recipe.method.type == "soft_prompt" else None
     text_ids = () if text is None else tuple(tokenizer.encode(text, add_special_tokens=False))

@@ -250,6 +250,23 @@ def test_max_samples_does_not_depend_on_other_data_sets(tmp_path: Path) -> None:
     assert {e.row for e in alone.examples} != {e.row for e in renamed.examples}
 
 
+def test_only_the_first_rows_are_read_where_no_more_are_wanted(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.jsonl", [f"a{i}" for i in range(20)])
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("no row\n")
+
+    def plan(first_rows: int | None, **keys: Any) -> Plan:
+        encoder = cast(Encoder, ByteEncoder())
+        return make_plan(recipe([a], **keys), encoder, directory=lambda key: tmp_path, first_rows=first_rows)
+
+    assert {example.row for example in plan(5).examples} == set(range(5))
+    assert plan(20).counts[0].rows == 20
+    # What was read before is not taken for the whole.
+    for keys in ({}, {"clusters": ("any",)}):
+        with pytest.raises(UserError, match="jsonl:21"):
+            plan(None if not keys else 5, **keys)
+
+
 def test_a_split_row_without_targets_stops_nothing(tmp_path: Path) -> None:
     a = write(tmp_path / "a.jsonl", ["one", "two", *(f"silent {i}" for i in range(8))])
     plans = [plan_of(tmp_path, recipe([a], val_size=1, seed=seed)) for seed in range(4)]

@@ -49,7 +49,7 @@ def test_a_path_is_relative_to_the_recipe_and_wins_over_a_hub_id(model: Path) ->
 def test_hf_prefix_forces_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def resolve(repo_id: str, revision: str | None, *, offline: bool) -> str:
+    def resolve(repo_id: str, revision: str | None, *, offline: bool, weights: bool) -> str:
         asked.append((repo_id, revision, offline))
         return COMMIT
 

@@ -371,6 +371,14 @@ def test_an_override_wins_over_another_name_in_the_file(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ resolving
 
 
+def test_columns_of_phrasings_are_kept(tmp_path: Path) -> None:
+    """They are no fields of the schema, and a resumed run reads them from its own recipe."""
+    text = BASE.replace("method:", "      templates: sst2\n      columns: {sentence: review, label: y}\nmethod:")
+    recipe = load(tmp_path, text).recipe
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml").recipe == recipe
+
+
 def test_resolve_makes_existing_inputs_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipes = tmp_path / "recipes"
     (recipes / "data").mkdir(parents=True)
