@@ -50,7 +50,7 @@ _UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
 _NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 """What a directory cannot be created for because of its path alone."""
 
-PACKAGES = tuple("ftkit torch transformers accelerate datasets safetensors tokenizers numpy pydantic".split())
+PACKAGES = tuple(["ftkit", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "pydantic"])
 """Whose versions environment.json holds."""
 
 
