@@ -50,7 +50,8 @@ _UNIQUE = {"{n}": r"\d+", "{time}": r"\d{8}-\d{6}"}
 _NO_PLACE = {errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 """What a directory cannot be created for because of its path alone."""
 
-PACKAGES = tuple(["ftkit", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "pydantic"])
+PACKAGES: tuple[str, ...] = ("ftkit", "torch", "transformers", "accelerate", "datasets")
+PACKAGES += ("safetensors", "tokenizers", "numpy", "pydantic")
 """Whose versions environment.json holds."""
 
 
@@ -167,7 +168,6 @@ def recorded_data(run: Path) -> str | None:
 
 
 def recorded_environment(run: Path) -> dict[str, Any]:
-    """environment.json; empty where there is none."""
     path = run / ENVIRONMENT
     return read_json(path) if path.is_file() else {}
 
