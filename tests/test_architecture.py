@@ -33,6 +33,7 @@ LAYERS = (
     "draft",
     "machine",
     "artifacts",
+    "verification",
     "commands",
     "failures",
     "options",

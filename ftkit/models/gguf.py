@@ -94,7 +94,7 @@ def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
 
     tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=_end_tokens(reader), pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_tokens(reader), pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -115,7 +115,7 @@ def _check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *,
         raise UserError(what, how=_INSTEAD, key=key)
 
 
-def _end_tokens(reader: "GGUFReader") -> int | list[int] | None:
+def end_tokens(reader: "GGUFReader") -> int | list[int] | None:
     """Every token that ends an answer counts, not only the end of text."""
     fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in END_TOKEN_KEYS]
     ends = list(dict.fromkeys(int(field.contents()) for field in fields if field is not None))
