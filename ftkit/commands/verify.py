@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ftkit.verification.reference import Judged, Parting, Reference
     from ftkit.verification.sides import Side
 
-SHOWN_BEFORE, SHOWN_AFTER, SHOWN_TEXT = 3, 5, 32
-"""Tokens shown around the first difference, and characters of an answer."""
+SHOWN_PROMPTS, SHOWN_BEFORE, SHOWN_AFTER, SHOWN_TEXT = 3, 3, 5, 32
+"""Differing prompts shown, tokens around their first difference, and characters of an answer."""
 
 
 def verify(
@@ -99,7 +99,9 @@ def verify(
         console.line(f"note: {note}")
     if failed := [report for report in reports if not report.holds]:
         raise CheckFailedError.of(
-            problem for report in failed for problem in CheckFailedError(_verdict(report, reference), how=report.side.hint).problems
+            problem
+            for report in failed
+            for problem in CheckFailedError(_verdict(report, reference), how=report.side.hint).problems
         )
     console.line(f"verified   {target}", style="bold")
 
@@ -165,12 +167,15 @@ def _stops(judged: "Judged") -> str:
 
 
 def _details(report: "SideReport", reference: "Reference") -> Iterator[str]:
-    """Both sides' tokens around each difference; equal ones of many conversations are told once."""
-    for check in report.prompt_failures():
+    """Both sides' tokens around the first differences: where a template is another, all conversations have them."""
+    failures = report.prompt_failures()
+    for check in failures[:SHOWN_PROMPTS]:
         yield f"{check.probe.name}, prompt: {check.refusal}" if check.found is None else f"{check.probe.name}, prompt:"
         if check.found is not None and (at := check.differs_at) is not None:
             yield f"  trained   {_around(check.expected, at, reference)}"
             yield f"  found     {_around(check.found, at, reference)}"
+    if len(failures) > SHOWN_PROMPTS:
+        yield f"and {len(failures) - SHOWN_PROMPTS} prompts more (--json has the tokens of all)"
     for name, judged in report.answers.items():
         if name in report.fed_failures():
             yield f"{name}, prompt: it counts {judged.answer.num_fed} tokens where it tokenizes another number"
@@ -259,7 +264,9 @@ def _side_to_json(report: "SideReport", reference: "Reference") -> dict[str, Any
             "found_ids": None if check.found is None else list(check.found),
         }
         judged = report.answers.get(check.probe.name)
-        conversations.append({"name": check.probe.name, "prompt": prompt, "answer": judged and _answer_to_json(judged, report)})
+        conversations.append(
+            {"name": check.probe.name, "prompt": prompt, "answer": judged and _answer_to_json(judged, report)}
+        )
     return {
         "name": report.side.name,
         "kind": report.side.kind,

@@ -118,9 +118,7 @@ def _chat_prompts(tokenizer: PreTrainedTokenizerBase, template: str | None, reci
     return ChatPrompts(tokenizer, chat_encoder(tokenizer, recipe))
 
 
-def chat_encoder(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None, *, of_today: bool = False
-) -> Encoder:
+def chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None, *, of_today: bool = False) -> Encoder:
     """The encoder of training: the tokenizer's template, with the keywords and options of the run's recipe.
 
     Args:

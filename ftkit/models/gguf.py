@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ftkit.data.cache import cache_directory
 from ftkit.errors import KeyPath, UserError
@@ -25,6 +33,8 @@ MAGIC = b"GGUF"
 END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Where a GGUF keeps the tokens that end generation: end of text, end of turn, end of message (tool calls)."""
 
+_REVISION = 2
+"""Part of a directory's name; goes up when the same file is converted otherwise."""
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _INSTEAD = "name the model's original directory or hub id instead"
 
@@ -32,7 +42,7 @@ _INSTEAD = "name the model's original directory or hub id instead"
 def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:
     """The directory with the model of a .gguf file: float32 weights, tokenizer, chat template, generation config.
 
-    The directory is named by the file's SHA-256 and written once. It is staged beside its place and renamed, so that
+    The directory is named by the file's SHA-256 and by a revision of this code, and written once. It is staged beside its place and renamed, so that
     a killed run leaves nothing behind that looks finished, and of two runs at once the slower one discards its own.
 
     Raises:
@@ -40,7 +50,7 @@ def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:
         StorageError: the cache is full or not writable.
     """
     _check_readable(path, key=key)
-    directory = cache_directory() / "gguf" / hash_files([path]).removeprefix("sha256:")
+    directory = cache_directory() / "gguf" / f"{hash_files([path]).removeprefix('sha256:')}-{_REVISION}"
     if (directory / CONFIG_NAME).is_file():
         return directory
     what, how = f"cannot write the converted model to {directory.parent}", "free space there, or set FTKIT_CACHE"
@@ -81,8 +91,8 @@ def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
             )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         reader = GGUFReader(path)
+        tokenizer = read_tokenizer(path, reader)
     except Exception as error:  # the tokenizers library raises the base class itself
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} cannot be converted: {reason}", how=_INSTEAD, key=key) from None
@@ -98,6 +108,24 @@ def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def read_tokenizer(path: Path, reader: "GGUFReader") -> PreTrainedTokenizerBase:
+    """The tokenizer of a .gguf file; what it cuts a text into before it looks for tokens is what llama.cpp cuts it into.
+
+    transformers' reader does not ask for it: SmolLM's tokens for " ½" would be others than in its training.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    field = reader.get_field("tokenizer.ggml.pre")
+    if field is not None and (cut := _PRE_TOKENIZERS.get(field.contents())) is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = cut
+    return tokenizer
+
+
+_PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+}
+"""`tokenizer.ggml.pre` -> what the model's own tokenizer.json has, where transformers makes up another."""
 
 
 def _check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *, key: KeyPath) -> None:

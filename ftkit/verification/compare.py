@@ -14,7 +14,7 @@ from ftkit.verification.sides import PRECISIONS, Answer, Side
 
 MAX_NEW_TOKENS = 48
 """Tokens of an answer."""
-MARGINS = dict(zip(PRECISIONS, (0.05, 0.2, 0.7, 0.7, 2.0), strict=True))
+MARGINS = dict(zip(PRECISIONS, (0.05, 0.3, 1.0, 1.5, 3.0), strict=True))
 """Precision of weights -> how much less probable than its favourite the trained model may find a token, in nats.
 
 Rounded weights move every score a little, and where two tokens are almost equally probable another one wins. docs/serving.md
@@ -115,7 +115,9 @@ def verify_sides(
     for side in sides:
         on_progress(f"asking {side.name}")
         coarser = max(side.precision, compute, key=PRECISIONS.index)
-        report = SideReport(side, MARGINS[coarser], [_check_prompt(side, one, expected[one.name], kwargs) for one in probes])
+        report = SideReport(
+            side, MARGINS[coarser], [_check_prompt(side, one, expected[one.name], kwargs) for one in probes]
+        )
         report.notes += _unsaid_keywords(side, probes[0], expected[probes[0].name], kwargs)
         answered = _answers(reference, report, kwargs)
         report.stops = {token_id: side.stops_at(token_id, probes[0], kwargs) for token_id in reference.turn_ends}
@@ -151,7 +153,9 @@ def _answers(reference: Reference, report: SideReport, kwargs: Mapping[str, Any]
     equal = [check for check in report.prompts if check.equal and check.probe.answered]
     asked = [(check.probe, check.expected) for check in equal if len(check.expected) <= room]
     if len(asked) < len(equal):
-        report.notes.append(f"{len(equal) - len(asked)} conversations leave no room for an answer in {room + MAX_NEW_TOKENS} tokens")
+        report.notes.append(
+            f"{len(equal) - len(asked)} conversations leave no room for an answer in {room + MAX_NEW_TOKENS} tokens"
+        )
     answers = side.answers(asked, kwargs, MAX_NEW_TOKENS) if asked else None
     if answers is None:
         return {}

@@ -11,7 +11,9 @@ from ftkit.errors import UserError
 LONG_TOKENS, LONG_LINES = 512, 32
 """Of the long text, at most; fewer tokens where the model's context is shorter."""
 
-_CODE = 'def area(r):\n    """pi * r ** 2"""\n    return 3.14 * r ** 2\n\n\nif __name__ == "__main__":\n\tprint(area(2))'
+_CODE = (
+    'def area(r):\n    """pi * r ** 2"""\n    return 3.14 * r ** 2\n\n\nif __name__ == "__main__":\n\tprint(area(2))'
+)
 _CALL_ID = "abcdefghi"  # Mistral's templates ask for nine characters.
 _PARAMETERS = {
     "type": "object",

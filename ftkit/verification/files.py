@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.errors import UserError
 from ftkit.evaluation.generation import cached_tokens, generate
 from ftkit.models.files import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, read_json, stored_dtype
-from ftkit.models.gguf import end_tokens
+from ftkit.models.gguf import end_tokens, read_tokenizer
 from ftkit.models.load import BaseModel, load_tokenizer, load_weights, local_directory
 from ftkit.models.quiet import quiet_transformers
 from ftkit.runs import EXPORT, MERGED, Target
@@ -105,7 +105,7 @@ class GgufFile(Directory):
         from gguf import GGUFReader
 
         super().__init__(path, device=device, compute=compute, answers=False, code=False)
-        reader = GGUFReader(path)
+        self._reader = reader = GGUFReader(path)
         kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
         # The coarsest of them.
         self.precision = max((GGUF_KINDS.get(kind, PRECISIONS[-1]) for kind in kinds), key=PRECISIONS.index)
@@ -121,7 +121,7 @@ class GgufFile(Directory):
         quiet_transformers()
         # transformers shows a bar of its own, here and below.
         with redirect_stderr(io.StringIO()):
-            return AutoTokenizer.from_pretrained(self._path.parent, gguf_file=self._path.name, local_files_only=True)
+            return read_tokenizer(self._path, self._reader)
 
     def _load_model(self) -> PreTrainedModel:
         quiet_transformers()

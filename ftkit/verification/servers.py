@@ -2,12 +2,14 @@
 
 What they are asked (as of llama.cpp in October 2026 and vLLM 0.28):
 
-    llama.cpp  GET /props; POST /apply-template, /tokenize, /v1/chat/completions with logprobs, which hold token ids
+    llama.cpp  GET /props; POST /apply-template, /tokenize, /v1/chat/completions with logprobs, which hold token ids, and
+               /completion with return_tokens
     vLLM       GET /v1/models; POST /tokenize with messages, /v1/chat/completions with return_token_ids
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,12 @@ class _Server:
         try:
             (choice,) = values["choices"]
             text, finish = choice["message"].get("content") or "", choice["finish_reason"]
-            ids = _ids(choice)
-            fed = (values.get("usage") or {}).get("prompt_tokens")
+            usage = values.get("usage") or {}
+            ids, fed = _ids(choice), usage.get("prompt_tokens")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise self._strange("/v1/chat/completions") from None
+        if ids is not None and usage.get("completion_tokens") not in (None, len(ids)):
+            ids = None  # llama.cpp leaves tokens out that are only a part of a character.
         return Answer(ids, text, finish == "stop", fed)
 
     def _conversation(self, probe: Probe, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +96,21 @@ class LlamaCppServer(_Server):
         super().__init__(client, str(props.get("model_alias") or ""), context, precision)
         file = Path(str(props.get("model_path") or self.model)).name
         self.kind = f"llama.cpp with {file} ({props.get('model_ftype') or 'of unknown precision'})"
+
+    def answers(
+        self, asked: Sequence[tuple[Probe, Sequence[int]]], kwargs: Mapping[str, Any], limit: int
+    ) -> list[Answer] | None:
+        """Greedy answers by /v1/chat/completions; ids that these leave out by /completion, given the prompt's ids."""
+        answers = super().answers(asked, kwargs, limit) or []
+        for place, (_, prompt) in enumerate(asked):
+            if answers[place].ids is None:
+                again = {"prompt": list(prompt), "n_predict": limit, "return_tokens": True}
+                try:
+                    ids = tuple(map(int, self._client.post("/completion", {**again, **_GREEDY})["tokens"]))
+                except (KeyError, TypeError, ValueError):
+                    raise self._strange("/completion") from None
+                answers[place] = replace(answers[place], ids=ids)
+        return answers
 
     def prompt(self, probe: Probe, kwargs: Mapping[str, Any]) -> list[int]:
         """Ids of the text that its template gives, with what the server puts before every text."""

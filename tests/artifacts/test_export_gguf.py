@@ -5,54 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from ftkit.artifacts import export_gguf as exporting
 from ftkit.artifacts.export_gguf import check_gguf, export_gguf
 from ftkit.commands.export import export
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.runs import find_target
+from tests.tiny_gguf import save_convertible
 from tests.tiny_models import CHATML
-
-END = "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny Llama, bfloat16, with a tokenizer of a form that the converter knows: it falls back on bytes."""
-    directory = tmp_path_factory.mktemp("gguf") / "tiny"
-    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab"]
-    core = Tokenizer(
-        models.BPE(
-            {piece: number for number, piece in enumerate(vocabulary)},
-            [("a", "b")],
-            byte_fallback=True,
-            unk_token="<unk>",
-        )
-    )
-    core.normalizer = normalizers.Replace(" ", "▁")
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", END]})
-    tokenizer.eos_token = END
-    tokenizer.chat_template = CHATML
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=tokenizer.eos_token_id,
-        architectures=["LlamaForCausalLM"],
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_convertible(tmp_path_factory.mktemp("gguf") / "tiny")
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(None, "bf16"), ("float16", "f16"), ("float32", "f32"), ("q8_0", "q8_0")])

@@ -1,0 +1,81 @@
+"""A tiny model of a form that llama.cpp's converter knows, and a llama.cpp server in a process of its own."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny_models import CHATML
+
+END = "<|im_end|>"
+
+
+def save_convertible(directory: Path, *, context: int = 128, chat_template: str = CHATML) -> Path:
+    """A tiny Llama, bfloat16, whose tokenizer falls back on bytes; returns `directory`."""
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab"]
+    core = Tokenizer(
+        models.BPE(
+            {piece: number for number, piece in enumerate(vocabulary)},
+            [("a", "b")],
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", END]})
+    tokenizer.eos_token = END
+    tokenizer.chat_template = chat_template
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=context,
+        bos_token_id=1,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+_SERVE = """
+import sys
+import xllamacpp
+
+parameters = xllamacpp.CommonParams()
+parameters.model.path = sys.argv[1]
+parameters.chat_template = sys.argv[2]
+parameters.n_ctx, parameters.verbosity, parameters.warmup, parameters.n_parallel = 2048, 0, False, 1
+server = xllamacpp.Server(parameters)
+print("serving at", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def llama_server(file: Path, *, chat_template: str = "") -> Iterator[str]:
+    """llama.cpp's server with a .gguf file, on a free port; yields its address. `chat_template` overrides the file's."""
+    command = [sys.executable, "-c", _SERVE, str(file), chat_template]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            for line in process.stdout:
+                if line.startswith("serving at "):
+                    yield line.removeprefix("serving at ").strip()
+                    break
+            else:
+                raise AssertionError(f"the server did not start: {process.stderr.read()}")
+        finally:
+            process.kill()
