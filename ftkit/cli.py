@@ -214,7 +214,7 @@ def verify(
     offline: options.Offline = False,
     trust_remote_code: options.RemoteCode = False,
 ) -> None:
-    """Compare tokens and answers of exported files, or of a server, with what was trained; exit code 6 if they differ."""
+    """Compare exported files or a server with what was trained: tokens, answers, where they end."""
     from ftkit.commands.verify import verify as command
 
     common = {"offline": offline, "trust_remote_code": trust_remote_code}

@@ -57,6 +57,8 @@ import xllamacpp
 parameters = xllamacpp.CommonParams()
 parameters.model.path = sys.argv[1]
 parameters.chat_template = sys.argv[2]
+# Threads that wait for each other take long on a machine that does other things too.
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
 parameters.n_ctx, parameters.verbosity, parameters.warmup, parameters.n_parallel = 2048, 0, False, 1
 server = xllamacpp.Server(parameters)
 print("serving at", server.listening_address, flush=True)
@@ -66,7 +68,7 @@ sys.stdin.read()
 
 @contextmanager
 def llama_server(file: Path, *, chat_template: str = "") -> Iterator[str]:
-    """llama.cpp's server with a .gguf file, on a free port; yields its address. `chat_template` overrides the file's."""
+    """llama.cpp's server with a .gguf file, on a free port; yields its address. `chat_template` replaces the file's."""
     command = [sys.executable, "-c", _SERVE, str(file), chat_template]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:

@@ -102,8 +102,8 @@ def check_gguf(file: Path, source: Path, kind: str) -> None:
 def _tell_beginning(source: Path, file: Path) -> bool:
     """Write into the tokenizer's configuration what a chat's text begins with, where llama.cpp would assume otherwise.
 
-    Of SentencePiece's kind of tokenizer, which falls back on bytes, it takes for granted that every text begins with BOS
-    and a space unless the converter finds these two keys; many configurations no longer have them.
+    Of SentencePiece's kind of tokenizer, which falls back on bytes, it takes for granted that every text begins with
+    BOS and a space unless the converter finds these two keys; many configurations no longer have them.
 
     Returns:
         Whether something was written, so that `source` is to be converted anew.

@@ -39,7 +39,11 @@ def after_export(target: Target, output: Path, format: str) -> list[str]:
 
 
 def after_model(target: Target | None, output: Path) -> list[str]:
-    """The lines to show once a model directory is written; `target` is what it was made of, None where that is several."""
+    """The lines to show once a model directory is written.
+
+    Args:
+        target: what it was made of; None where that is no single run or adapter.
+    """
     if target is None:
         target = find_target(str(output), offline=True)
     has_template = (output / TEMPLATE_NAME).is_file()

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+
 from ftkit.commands.merge import as_dtype
 from ftkit.console import Console
 from ftkit.errors import UserError

@@ -2,7 +2,7 @@
 
 import json as json_module
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,8 +195,8 @@ def _parting(parting: "Parting", reference: "Reference") -> str:
 
     taken = "the end" if parting.taken is None else repr(reference.token(parting.taken))
     return (
-        f"token {parting.place} is {taken}; the trained model has {reference.token(parting.favoured)!r}, with probability "
-        f"{exp(parting.favoured_log_prob):.3f} against {exp(parting.taken_log_prob):.3g}"
+        f"token {parting.place} is {taken}; the trained model has {reference.token(parting.favoured)!r}, "
+        f"with probability {exp(parting.favoured_log_prob):.3f} against {exp(parting.taken_log_prob):.3g}"
     )
 
 

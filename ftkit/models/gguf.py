@@ -42,8 +42,9 @@ _INSTEAD = "name the model's original directory or hub id instead"
 def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:
     """The directory with the model of a .gguf file: float32 weights, tokenizer, chat template, generation config.
 
-    The directory is named by the file's SHA-256 and by a revision of this code, and written once. It is staged beside its place and renamed, so that
-    a killed run leaves nothing behind that looks finished, and of two runs at once the slower one discards its own.
+    The directory is named by the file's SHA-256 and by a revision of this code, and written once. It is staged beside
+    its place and renamed, so that a killed run leaves nothing behind that looks finished, and of two runs at once the
+    slower one discards its own.
 
     Raises:
         UserError: the extra `gguf` is missing, or the file cannot be converted.
@@ -111,9 +112,9 @@ def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
 
 
 def read_tokenizer(path: Path, reader: "GGUFReader") -> PreTrainedTokenizerBase:
-    """The tokenizer of a .gguf file; what it cuts a text into before it looks for tokens is what llama.cpp cuts it into.
+    """The tokenizer of a .gguf file, which cuts a text into the same pieces as llama.cpp before it looks for tokens.
 
-    transformers' reader does not ask for it: SmolLM's tokens for " ½" would be others than in its training.
+    transformers' reader does not ask how: SmolLM's tokens for " ½" would be others than in its training.
     """
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     field = reader.get_field("tokenizer.ggml.pre")

@@ -17,8 +17,8 @@ MAX_NEW_TOKENS = 48
 MARGINS = dict(zip(PRECISIONS, (0.05, 0.3, 1.0, 1.5, 3.0), strict=True))
 """Precision of weights -> how much less probable than its favourite the trained model may find a token, in nats.
 
-Rounded weights move every score a little, and where two tokens are almost equally probable another one wins. docs/serving.md
-has the measurements: the margins are twice what rounding was seen to move the favourites apart.
+Rounded weights move every score a little, and where two tokens are almost equally probable another one wins. The
+margins lie above what rounding was seen to do, and far below what other weights or another prompt do (docs/serving.md).
 """
 
 

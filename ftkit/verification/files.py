@@ -32,7 +32,7 @@ class Directory:
     hint = _ANEW
 
     def __init__(self, path: Path, *, device: torch.device, compute: torch.dtype, answers: bool, code: bool) -> None:
-        """`compute` is the precision to compute in; `answers` says whether to ask its model; `code` is allowed to run."""
+        """`compute` is the precision to compute in; `answers`: whether to ask its model; `code`: whether it may run."""
         self.name = str(path)
         self.kind = "model directory" if answers else "tokenizer and template"
         self.precision = str(stored_dtype(path)).removeprefix("torch.") if answers else PRECISIONS[0]

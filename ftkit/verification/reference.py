@@ -116,11 +116,14 @@ class Reference:
         ended = bool(ids) and (ids[-1] in self.end_ids or ids[-1] in self.tokenizer.all_special_ids)
         # None stands for an end that the answer tells in no token.
         written: list[int | None] = [*ids, *([None] if answer.stopped and not ended else [])]
-        row = torch.tensor([[*prompt_ids(model), *prompt, *ids]], device=model.device)
-        logits_TV = model(input_ids=row, logits_to_keep=len(ids) + 1).logits[0].float()
+        # A token that the model does not have, as another model's may be, is the last that can be weighed.
+        size = model.config.get_text_config().vocab_size
+        known = next((place for place, token in enumerate(ids) if token >= size), len(ids))
+        row = torch.tensor([[*prompt_ids(model), *prompt, *ids[:known]]], device=model.device)
+        logits_TV = model(input_ids=row, logits_to_keep=known + 1).logits[0].float()
         log_probs_TV = logits_TV.log_softmax(-1)
         partings = []
-        for place, token in enumerate(written):
+        for place, token in enumerate(written[: known + 1]):
             scores_V = log_probs_TV[place]
             favoured, end = int(scores_V.argmax()), scores_V[list(self.end_ids)].max()
             if token is None or token in self.end_ids:

@@ -1,9 +1,9 @@
 """Servers as sides: llama.cpp's own, and those with OpenAI's interface and vLLM's tokenizer endpoint.
 
-What they are asked (as of llama.cpp in October 2026 and vLLM 0.28):
+What they are asked:
 
-    llama.cpp  GET /props; POST /apply-template, /tokenize, /v1/chat/completions with logprobs, which hold token ids, and
-               /completion with return_tokens
+    llama.cpp  GET /props; POST /apply-template, /tokenize, /v1/chat/completions with logprobs, which hold token ids,
+               and /completion with return_tokens
     vLLM       GET /v1/models; POST /tokenize with messages, /v1/chat/completions with return_token_ids
 """
 
