@@ -38,9 +38,8 @@ def test_where_nobody_listens() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(
-        NetworkError, match=rf"no server answers at http://127.0.0.1:{port} \(connection refused\); start"
-    ):
+    message = rf"no server answers at http://127.0.0.1:{port} \(connection refused\); start"
+    with pytest.raises(NetworkError, match=message):
         Client(f"http://127.0.0.1:{port}/v1/").get("/props")
 
 
