@@ -12,7 +12,8 @@ VLLM_URL, LLAMA_CPP_URL = "http://localhost:8000", "http://localhost:8080"
 """Where the servers listen unless told otherwise."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that its --max-lora-rank takes."""
-_HELLO = "[{'role': 'user', 'content': 'Hello!'}]"
+_HELLO = "[{'role': 'user', 'content': 'Hello'}]"
+_BOTTLENECK = "it is a bottleneck adapter, which only ftkit computes; train method.type: lora for a server"
 _BEYOND_LORA = {
     "use_dora": "DoRA's lengths",
     "modules_to_save": "modules that trained in full",
@@ -51,7 +52,7 @@ def after_model(target: Target | None, output: Path) -> list[str]:
     code = f"from transformers import pipeline; print(pipeline('text-generation', {str(output)!r})({question}))"
     evaluate = [f"  ftkit eval {_quoted(output)}"] if _held_rows_back(target, output) else []
     verify = _verify(target, output, VLLM_URL, exported=output) if has_template else []
-    return [*evaluate, f"  vllm serve {_quoted(output)}", *verify, f"  python -c {shlex.quote(code)}"]
+    return [*evaluate, f"  vllm serve {_quoted(output)}", *verify, _python(code)]
 
 
 def _after_adapter(target: Target, output: Path) -> list[str]:
@@ -59,12 +60,12 @@ def _after_adapter(target: Target, output: Path) -> list[str]:
     config = read_json(output / ADAPTER_CONFIG_NAME)
     base, label = str(config["base_model_name_or_path"]), _quoted(target.label)
     if config.get("peft_type") == BOTTLENECK:
-        return ["note: only ftkit computes bottleneck adapters; for a server train method.type: lora"]
+        return [f"note: vLLM does not load it: {_BOTTLENECK}"]
     code = (
         "from peft import PeftModel; from transformers import AutoModelForCausalLM as M; "
         f"print(PeftModel.from_pretrained(M.from_pretrained({_arguments(base, config)}), {str(output)!r}))"
     )
-    peft = [] if config.get("trainable_token_indices") else [f"  python -c {shlex.quote(code)}"]
+    peft = [] if config.get("trainable_token_indices") else [_python(code)]
     if (hindrance := _hindrance(target, config)) is not None:
         mergeable = config.get("peft_type") == LORA and target.prompt is None
         merge = [f"  ftkit merge {label}"] if mergeable else []
@@ -118,11 +119,11 @@ def _template(directory: Path) -> str | None:
 
 def _ends(directory: Path) -> set[int]:
     """Tokens at which generation ends, as a directory's files say."""
-    ends: set[int] = set()
-    for name in (GENERATION_CONFIG_NAME, CONFIG_NAME):
-        known = read_json(directory / name).get("eos_token_id") if (directory / name).is_file() else None
-        ends |= {known} if isinstance(known, int) else set(known or ())
-    return ends
+    path = next(
+        (directory / name for name in (GENERATION_CONFIG_NAME, CONFIG_NAME) if (directory / name).is_file()), None
+    )
+    ends = read_json(path).get("eos_token_id") if path is not None else None
+    return {ends} if isinstance(ends, int) else set(ends or ())
 
 
 def _has_template(target: Target) -> bool:
@@ -158,6 +159,11 @@ def _verify(target: Target, output: Path, url: str, *, exported: Path | None) ->
 
 def _arguments(base: str, config: dict[str, object]) -> str:
     return repr(base) + (f", revision={config['revision']!r}" if config.get("revision") else "")
+
+
+def _python(code: str) -> str:
+    """A command that runs `code`; in double quotes, as people write it, where a shell takes nothing in it for its own."""
+    return f'  python -c "{code}"' if not set(code) & set('"$`\\!') else f"  python -c {shlex.quote(code)}"
 
 
 def _quoted(path: Path | str) -> str:

@@ -24,8 +24,8 @@ def model(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("dtype", "kind"), [(None, "bf16"), ("float16", "f16"), ("float32", "f32"), ("q8_0", "q8_0")])
 def test_a_model_becomes_one_file_that_is_read_back(dtype, kind, model, tmp_path, capsys):
     export(str(model), format="gguf", output=tmp_path / "out", dtype=dtype)
-    assert f"llama-server -m {tmp_path / 'out'}/*.gguf" in capsys.readouterr().out
     (file,) = (tmp_path / "out").iterdir()
+    assert f"llama-server --jinja -m {file}" in capsys.readouterr().out
     assert file.name == f"out-{kind}.gguf"
     reader = GGUFReader(file)
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("attn_q.weight")}
@@ -84,3 +84,14 @@ def test_what_the_converter_refuses_is_told_in_its_words(model, tmp_path, monkey
     monkeypatch.setattr(exporting, "CONVERTER", "no_such_module")
     with pytest.raises(UserError, match=r"needs llama\.cpp's converter; pip install 'ftkit\[gguf\]'"):
         export_gguf(find_target(str(model)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}"])
+def test_the_file_says_what_a_chat_begins_with(begin, tmp_path):
+    """llama.cpp takes a BOS and a space for granted where neither key is there."""
+    model = save_convertible(tmp_path / "tiny", chat_template=begin + CHATML)
+    export_gguf(find_target(str(model)), tmp_path / "out")
+    (file,) = (tmp_path / "out").iterdir()
+    fields = GGUFReader(file).fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is bool(begin)
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() is False
