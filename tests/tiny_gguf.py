@@ -15,8 +15,14 @@ from tests.tiny_models import CHATML
 END = "<|im_end|>"
 
 
-def save_convertible(directory: Path, *, context: int = 128, chat_template: str = CHATML) -> Path:
-    """A tiny Llama, bfloat16, whose tokenizer falls back on bytes; returns `directory`."""
+def save_convertible(
+    directory: Path, *, context: int = 128, chat_template: str = CHATML, says_beginning: bool = True
+) -> Path:
+    """A tiny Llama, bfloat16, whose tokenizer falls back on bytes; returns `directory`.
+
+    Args:
+        says_beginning: whether the tokenizer's configuration has what llama.cpp wants to know of a text's beginning.
+    """
     vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab"]
     core = Tokenizer(
         models.BPE(
@@ -29,6 +35,8 @@ def save_convertible(directory: Path, *, context: int = 128, chat_template: str 
     core.normalizer = normalizers.Replace(" ", "▁")
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if says_beginning:
+        tokenizer.init_kwargs |= {"add_bos_token": False, "add_prefix_space": False}
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", END]})
     tokenizer.eos_token = END
     tokenizer.chat_template = chat_template

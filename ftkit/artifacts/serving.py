@@ -162,7 +162,7 @@ def _arguments(base: str, config: dict[str, object]) -> str:
 
 
 def _python(code: str) -> str:
-    """A command that runs `code`; in double quotes, as people write it, where a shell takes nothing in it for its own."""
+    """A command that runs `code`; in double quotes, as people write it, where no character in it is the shell's."""
     return f'  python -c "{code}"' if not set(code) & set('"$`\\!') else f"  python -c {shlex.quote(code)}"
 
 

@@ -49,7 +49,7 @@ def verify(
 
     from ftkit.evaluation.contestants import load_target
     from ftkit.models.load import choose_compute_dtype
-    from ftkit.runs import EXPORT, MERGED, find_target
+    from ftkit.runs import find_target
     from ftkit.verification.client import Client
     from ftkit.verification.compare import verify_sides
     from ftkit.verification.files import find_files
@@ -65,19 +65,13 @@ def verify(
 
     # 1. What was trained, and what it is compared with.
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
-    trained = found
-    if found.run is not None and Path(target).name in (MERGED, EXPORT):
-        # What was made of a run is compared with the run, not with itself.
-        trained = find_target(str(found.run), offline=offline, trust_remote_code=trust_remote_code)
+    trained = _trained(found, offline=offline, trust_remote_code=trust_remote_code)
     reference = Reference(trained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # A few hundred tokens: a CPU has the time to be exact, a GPU may lack the memory.
     dtype = choose_compute_dtype("auto", device)[0] if device.type == "cuda" else torch.float32
-    sides: Sequence[Side]
-    if client is not None:
-        sides = [_find_server(client, model, found)]
-    else:
-        sides = find_files(trained, exported, device=device, compute=dtype)
+    files = find_files(trained, exported, device=device, compute=dtype) if client is None else []
+    sides: Sequence[Side] = files if client is None else [_find_server(client, model, found)]
 
     # 2. The comparison.
     with console.progress("verifying", total=len(sides) + 1) as bar:
@@ -104,6 +98,20 @@ def verify(
             for problem in CheckFailedError(_verdict(report, reference), how=report.side.hint).problems
         )
     console.line(f"verified   {target}", style="bold")
+
+
+def _trained(found: "Target", *, offline: bool, trust_remote_code: bool) -> "Target":
+    """What the named target is compared with: of RUN/merged and RUN/export the run, for they would equal themselves."""
+    from ftkit.methods.beside import DIRECTORY as PROMPT
+    from ftkit.runs import EXPORT, MERGED, find_target
+
+    name = Path(found.label).name
+    if found.run is not None and name == PROMPT:
+        what = "a soft prompt beside an adapter is another model by itself"
+        raise UserError(what, where=found.label, how=f"verify {found.run}")
+    if found.run is None or name not in (MERGED, EXPORT):
+        return found
+    return find_target(str(found.run), offline=offline, trust_remote_code=trust_remote_code)
 
 
 def _find_server(client: Any, model: str | None, found: "Target") -> "Side":

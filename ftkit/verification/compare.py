@@ -14,7 +14,7 @@ from ftkit.verification.sides import PRECISIONS, Answer, Side
 
 MAX_NEW_TOKENS = 48
 """Tokens of an answer."""
-MARGINS = dict(zip(PRECISIONS, (0.05, 0.3, 1.0, 1.5, 3.0), strict=True))
+MARGINS = dict(zip(PRECISIONS, (0.05, 0.2, 1.0, 1.5, 2.0), strict=True))
 """Precision of weights -> how much less probable than its favourite the trained model may find a token, in nats.
 
 Rounded weights move every score a little, and where two tokens are almost equally probable another one wins. The

@@ -148,7 +148,9 @@ def find_files(
     own = found.adapter or found.tokenizer or local_directory(found.model, weights=False)
     # The weights beside it are those that all others are compared with.
     sides = [Directory(own, device=device, compute=compute, answers=False, code=code)]
-    made = [found.run / name for name in (MERGED, EXPORT)] if found.run is not None else []
+    # Of a checkpoint nothing was made.
+    is_result = found.run is not None and own.resolve().parent == found.run.resolve()
+    made = [found.run / name for name in (MERGED, EXPORT)] if found.run is not None and is_result else []
     for place in (*(path for path in made if path.is_dir()), *exported):
         sides += _sides_in(place, device=device, compute=compute, code=code)
     return sides

@@ -89,7 +89,7 @@ def test_what_the_converter_refuses_is_told_in_its_words(model, tmp_path, monkey
 @pytest.mark.parametrize("begin", ["", "{{ bos_token }}"])
 def test_the_file_says_what_a_chat_begins_with(begin, tmp_path):
     """llama.cpp takes a BOS and a space for granted where neither key is there."""
-    model = save_convertible(tmp_path / "tiny", chat_template=begin + CHATML)
+    model = save_convertible(tmp_path / "tiny", chat_template=begin + CHATML, says_beginning=False)
     export_gguf(find_target(str(model)), tmp_path / "out")
     (file,) = (tmp_path / "out").iterdir()
     fields = GGUFReader(file).fields

@@ -138,6 +138,21 @@ def test_what_is_named_inside_a_run_is_compared_with_the_run(run, merged, direct
     capsys.readouterr()
 
 
+def test_a_checkpoint_is_not_compared_with_what_was_made_of_the_result(run, merged, capsys) -> None:
+    verify(str(run / "checkpoints" / "step-00000015"))
+    printed = capsys.readouterr().out
+    assert printed.count("tokenizer and template") == 1
+    assert str(merged) not in printed
+
+
+def test_a_prompt_beside_an_adapter_is_refused(run, directory) -> None:
+    beside = directory / "beside"
+    shutil.copytree(run, beside)
+    shutil.copytree(run / "adapter", beside / "prompt")
+    with pytest.raises(UserError, match=rf"another model by itself; verify {beside}"):
+        verify(str(beside / "prompt"))
+
+
 # --- llama.cpp
 
 
