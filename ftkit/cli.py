@@ -226,6 +226,24 @@ def export(
 
 
 @app.command()
+def verify(
+    target: options.Target,
+    endpoint: options.Endpoint = None,
+    model: options.ServedModel = None,
+    exported: options.Exported = None,
+    timeout: options.Timeout = 120.0,
+    json: options.Json = False,
+    offline: options.Offline = False,
+    trust_remote_code: options.RemoteCode = False,
+) -> None:
+    """Compare exported files or a server with what was trained: tokens, answers, where they end."""
+    from ftkit.commands.verify import verify as command
+
+    common = {"offline": offline, "trust_remote_code": trust_remote_code}
+    command(target, endpoint=endpoint, model=model, exported=exported or [], timeout=timeout, json=json, **common)
+
+
+@app.command()
 def inspect(
     target: Annotated[str, typer.Argument(metavar="ADAPTER|RUN", help="A run, checkpoint, adapter or trained model.")],
     other: options.InspectOther = None,

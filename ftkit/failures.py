@@ -17,7 +17,6 @@ from ftkit.errors import FtkitError, OutOfMemoryError, StorageError, UserError
 
 LATER_VERBS = {
     "chat": "export the model with `ftkit export` and serve it with any tool",
-    "verify": "resume with `ftkit train RECIPE --resume`, which takes verified checkpoints only",
 }
 """Verbs of later versions -> what to do until then."""
 

@@ -110,3 +110,16 @@ SmokeModel = Annotated[
 FromCheckpoint = Annotated[
     Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on from this checkpoint.")
 ]
+Endpoint = Annotated[
+    str | None, typer.Option(metavar="URL", help="A llama.cpp or vLLM server, in place of the exported files.")
+]
+ServedModel = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="The model's name on the server, where it has several.")
+]
+Exported = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", help="Exported files that lie elsewhere than in the run; may be repeated."),
+]
+Timeout = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.1, help="How long to wait for each of the server's answers.")
+]

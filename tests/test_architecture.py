@@ -36,6 +36,7 @@ LAYERS = (
     "draft",
     "machine",
     "artifacts",
+    "verification",
     "smoke",
     "commands",
     "failures",

@@ -20,7 +20,7 @@ from ftkit.cli import run
 from ftkit.errors import CheckFailedError, Interrupted, NetworkError, Problem, UserError
 from ftkit.failures import LATER_OPTIONS, LATER_VERBS
 
-VERBS = ("init", "train", "plan", "merge", "eval", "export", "inspect", "diff", "doctor", "schema")
+VERBS = ("init", "train", "plan", "merge", "eval", "export", "verify", "inspect", "diff", "doctor", "schema")
 
 
 def ftkit(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -123,6 +123,14 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
         {"model": "m", "method": "full", "output": Path("r.yaml"), "overwrite": True}
         | {"offline": True, "trust_remote_code": True},
     )
+    verification = ["verify", "R", "--endpoint", "http://h", "--model", "m", "--exported", "a", "--exported", "b"]
+    assert run([*verification, "--timeout", "3", "--json", *common]) == 0
+    assert calls.pop() == (
+        "verify",
+        ("R",),
+        {"endpoint": "http://h", "model": "m", "exported": [Path("a"), Path("b")], "timeout": 3.0, "json": True}
+        | {"offline": True, "trust_remote_code": True},
+    )
     assert run(["doctor", "--json", "--offline"]) == 0
     assert calls.pop() == ("doctor", (), {"json": True, "offline": True})
     assert run(["diff", "A", "B", "--tolerance", "0.5", "--ignore", "data", "--ignore", "loss", "--json"]) == 0
@@ -175,8 +183,8 @@ def test_the_other_verbs_pass_everything_on(calls: list[Any]) -> None:
 
 WRONG = {
     ("trian", "r.yaml"): "there is no verb trian; did you mean train?",
-    ("zzz",): "there is no verb zzz; choose one of train, init, plan, preview, merge, eval, export, inspect, diff,"
-    " doctor, schema",
+    ("zzz",): "there is no verb zzz; choose one of train, init, plan, preview, merge, eval, export, verify, inspect,"
+    " diff, doctor, schema",
     ("train",): "missing argument RECIPE; see ftkit train --help",
     ("train", "r.yaml", "--resum"): "there is no option --resum; did you mean --resume?",
     ("train", "r.yaml", "--zzzz"): "there is no option --zzzz; see ftkit train --help",

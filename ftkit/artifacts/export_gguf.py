@@ -5,6 +5,7 @@ back: every weight, the chat template, and the tokens at which an answer ends.
 """
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from ftkit.artifacts.directory import staged
 from ftkit.artifacts.export_hf import export_hf
+from ftkit.data.chat import ChatTemplate
+from ftkit.data.end_of_turn import QUESTION
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.models.files import GENERATION_CONFIG_NAME, TEMPLATE_NAME, read_json, stored_dtype
+from ftkit.models.load import BaseModel, load_tokenizer
 from ftkit.models.quiet import quiet_transformers
 from ftkit.runs import Target
 
@@ -56,6 +60,8 @@ def export_gguf(
         kind = Q8_0 if quantized else KINDS[dtype or _half(stored_dtype(source))]
         file = directory / f"{(target.run or output).name}-{kind}.gguf"
         _convert(source, file, kind)
+        if _tell_beginning(source, file):
+            _convert(source, file, kind)
         check_gguf(file, source, kind)
         for path in source.iterdir():
             path.unlink()
@@ -91,6 +97,42 @@ def check_gguf(file: Path, source: Path, kind: str) -> None:
     for name, weight in ours.items():
         if not _is_near(theirs[name], weight, kind):
             raise CheckFailedError(f"the .gguf file has another {name}", how="serve --format hf instead")
+
+
+def _tell_beginning(source: Path, file: Path) -> bool:
+    """Write into the tokenizer's configuration what a chat's text begins with, where llama.cpp would assume otherwise.
+
+    Of SentencePiece's kind of tokenizer, which falls back on bytes, it takes for granted that every text begins with
+    BOS and a space unless the converter finds these two keys; many configurations no longer have them.
+
+    Returns:
+        Whether something was written, so that `source` is to be converted anew.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    path = source / "tokenizer_config.json"
+    if _field(reader, "tokenizer.ggml.model") != "llama" or not path.is_file():
+        return False
+    tokenizer = load_tokenizer(BaseModel(str(source), path=source))
+    first = tokenizer("a").input_ids[:1]
+    begins_with_bos = first == [tokenizer.bos_token_id]
+    if tokenizer.chat_template:
+        text = ChatTemplate(tokenizer, tokenizer.chat_template).render([QUESTION])
+        begins_with_bos = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    begins_with_space = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False).input_ids)[0][0] == "▁"
+    wanted = {"add_bos_token": begins_with_bos, "add_prefix_space": begins_with_space}
+    found = {"add_bos_token": _field(reader, "tokenizer.ggml.add_bos_token", True)}
+    found["add_prefix_space"] = _field(reader, "tokenizer.ggml.add_space_prefix", True)
+    if wanted == found:
+        return False
+    path.write_text(json.dumps(read_json(path) | wanted, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def _field(reader: Any, name: str, otherwise: Any = None) -> Any:
+    field = reader.get_field(name)
+    return otherwise if field is None else field.contents()
 
 
 def _is_near(written: Tensor, weight: Tensor, kind: str) -> bool:

@@ -32,6 +32,7 @@ def merge(
     from ftkit.artifacts.adapters import WeightedAdapter, parse_adapter
     from ftkit.artifacts.merge import PROOFS
     from ftkit.artifacts.merge import merge as merge_adapters
+    from ftkit.artifacts.serving import after_model
     from ftkit.runs import MERGED, find_target
 
     console = Console()
@@ -67,8 +68,10 @@ def merge(
     if report.restored is not None:
         console.line(_restored(report.restored))
     console.line(f"written to {output}", style="bold")
-    console.line(f"  ftkit eval {output}" + ("" if target.run else " --suite FILE"))
-    console.line(f"  vllm serve {output}")
+    # Of several adapters, or one that was taken off, there is no run to compare with.
+    made_of = target if len(named) == 1 and named[0].weight == 1.0 else None
+    for line in after_model(made_of, output):
+        console.line(line)
 
 
 def _unchanged(report: "MergeReport") -> Iterator[str]:

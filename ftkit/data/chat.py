@@ -88,6 +88,12 @@ class ChatTemplate:
             self._variants[name] = ChatTemplate(self._tokenizer, self.templates, merged, where=where)
         return self._variants[name]
 
+    def of_today(self) -> "ChatTemplate":
+        """This template with today's date where it prints one, as a server has it; training pins the date."""
+        template = ChatTemplate(self._tokenizer, self.templates, self.kwargs)
+        template._pinned = dict(template.templates)
+        return template
+
     @cached_property
     def special_tokens(self) -> frozenset[str]:
         """Texts of the tokenizer's special tokens."""

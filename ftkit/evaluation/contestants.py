@@ -36,7 +36,7 @@ def load_contestants(
     Raises:
         UserError: a model or adapter cannot be loaded, or its base has changed; two targets would have one label.
     """
-    tokenizers = [_tokenizer(target) for target in targets]
+    tokenizers = [tokenizer_of(target) for target in targets]
     lead = leading_target(targets)
     in_order = [tokenizers[targets.index(lead)], *tokenizers]
     template = next((t.chat_template for t in in_order if t.chat_template), None)
@@ -96,7 +96,17 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, kept)
 
 
-def _tokenizer(target: Target) -> PreTrainedTokenizerBase:
+def load_target(target: Target, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """One model by itself, in eval mode, with its adapter and soft prompt.
+
+    Raises:
+        UserError: a model or adapter cannot be loaded, or its base has changed.
+    """
+    return _load(target, {}, dtype, device)
+
+
+def tokenizer_of(target: Target) -> PreTrainedTokenizerBase:
+    """The tokenizer that goes with the weights: what training left beside them, else the model's own."""
     if target.tokenizer is not None and (target.tokenizer / "tokenizer_config.json").is_file():
         return load_tokenizer(BaseModel(str(target.tokenizer), path=target.tokenizer))
     return load_tokenizer(target.model)
@@ -105,12 +115,21 @@ def _tokenizer(target: Target) -> PreTrainedTokenizerBase:
 def _chat_prompts(tokenizer: PreTrainedTokenizerBase, template: str | None, recipe: Recipe | None) -> ChatPrompts:
     """Every model is asked through the tuned run's template, each with its own tokenizer."""
     tokenizer.chat_template = template
+    return ChatPrompts(tokenizer, chat_encoder(tokenizer, recipe))
+
+
+def chat_encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe | None, *, of_today: bool = False) -> Encoder:
+    """The encoder of training: the tokenizer's template, with the keywords and options of the run's recipe.
+
+    Args:
+        of_today: print today's date, as a server does, where training pins it.
+    """
+    kwargs = recipe.data.chat_template_kwargs if recipe is not None else {}
+    chat = chat_template_for(tokenizer, ModelSection(), Path.cwd(), kwargs)
+    chat = chat.of_today() if of_today else chat
     if recipe is not None:
-        chat = chat_template_for(tokenizer, ModelSection(), Path.cwd(), recipe.data.chat_template_kwargs)
-        return ChatPrompts(tokenizer, make_encoder(tokenizer, chat, recipe.data))
-    chat = chat_template_for(tokenizer, ModelSection(), Path.cwd(), {})
-    max_length = DataSection.model_fields["max_length"].default
-    return ChatPrompts(tokenizer, Encoder(tokenizer, chat, max_length=max_length))
+        return make_encoder(tokenizer, chat, recipe.data)
+    return Encoder(tokenizer, chat, max_length=DataSection.model_fields["max_length"].default)
 
 
 def check_labels(targets: Sequence[Target]) -> None:

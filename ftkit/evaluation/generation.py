@@ -27,6 +27,8 @@ class Generation:
     """Tokens written, the ending one included."""
     finished: bool
     """Whether it ended by itself, not at `max_new_tokens`."""
+    end_id: int | None = None
+    """The token that ended it; None where none of `end_ids` did."""
 
 
 def generate(
@@ -122,8 +124,9 @@ def _generate_batch(
     generations = []
     for row, new_ids in enumerate(output_BT[:, length:].tolist()):
         new_ids = new_ids[: ended_at.get(row, max_new_tokens)]
-        kept = new_ids[:-1] if new_ids and new_ids[-1] in end_ids else new_ids
-        generations.append(Generation(tuple(kept), length, len(new_ids), finished=row in ended_at))
+        end_id = new_ids[-1] if new_ids and new_ids[-1] in end_ids else None
+        kept = new_ids if end_id is None else new_ids[:-1]
+        generations.append(Generation(tuple(kept), length, len(new_ids), finished=row in ended_at, end_id=end_id))
     return generations
 
 

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedConfig
+from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ftkit.data.cache import cache_directory
 from ftkit.errors import KeyPath, UserError
@@ -26,6 +35,8 @@ MAGIC = b"GGUF"
 END_TOKEN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """Where a GGUF keeps the tokens that end generation: end of text, end of turn, end of message (tool calls)."""
 
+_REVISION = 2
+"""Part of a directory's name; goes up when the same file is converted otherwise."""
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _INSTEAD = "name the model's original directory or hub id instead"
 
@@ -33,15 +44,16 @@ _INSTEAD = "name the model's original directory or hub id instead"
 def convert_gguf(path: Path, *, key: KeyPath = ()) -> Path:
     """The directory with the model of a .gguf file: float32 weights, tokenizer, chat template, generation config.
 
-    The directory is named by the file's SHA-256 and written once. It is staged beside its place and renamed, so that
-    a killed run leaves nothing behind that looks finished, and of two runs at once the slower one discards its own.
+    The directory is named by the file's SHA-256 and by a revision of this code, and written once. It is staged beside
+    its place and renamed, so that a killed run leaves nothing behind that looks finished, and of two runs at once the
+    slower one discards its own.
 
     Raises:
         UserError: the extra `gguf` is missing, or the file cannot be converted.
         StorageError: the cache is full or not writable.
     """
     _check_readable(path, key=key)
-    directory = cache_directory() / "gguf" / hash_files([path]).removeprefix("sha256:")
+    directory = cache_directory() / "gguf" / f"{hash_files([path]).removeprefix('sha256:')}-{_REVISION}"
     if (directory / CONFIG_NAME).is_file():
         return directory
     what, how = f"cannot write the converted model to {directory.parent}", "free space there, or set FTKIT_CACHE"
@@ -69,7 +81,7 @@ def write_gguf_parts(path: Path, directory: Path, *, key: KeyPath = ()) -> None:
         # transformers would read the file once for each, which takes seconds a time.
         with redirect_stderr(io.StringIO()), patch("gguf.GGUFReader", lambda *_, **__: reader):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            tokenizer = read_tokenizer(path, reader)
     except Exception as error:  # the tokenizers library raises the base class itself
         raise _unreadable(path, error, key) from None
     _check_rotary(path, reader, config, key=key)
@@ -106,8 +118,8 @@ def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
             )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         reader = GGUFReader(path)
+        tokenizer = read_tokenizer(path, reader)
     except Exception as error:  # the tokenizers library raises the base class itself
         raise _unreadable(path, error, key) from None
     model, info = loaded
@@ -133,8 +145,26 @@ def _save_tokenizer(tokenizer: Any, config: PreTrainedConfig, directory: Path) -
 
 def _generation_config(tokenizer: Any, reader: "GGUFReader") -> GenerationConfig:
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=_end_tokens(reader), pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end_tokens(reader), pad_token_id=tokenizer.pad_token_id
     )
+
+
+def read_tokenizer(path: Path, reader: "GGUFReader") -> PreTrainedTokenizerBase:
+    """The tokenizer of a .gguf file, which cuts a text into the same pieces as llama.cpp before it looks for tokens.
+
+    transformers' reader does not ask how: SmolLM's tokens for " ½" would be others than in its training.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    field = reader.get_field("tokenizer.ggml.pre")
+    if field is not None and (cut := _PRE_TOKENIZERS.get(field.contents())) is not None:
+        tokenizer.backend_tokenizer.pre_tokenizer = cut
+    return tokenizer
+
+
+_PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
+}
+"""`tokenizer.ggml.pre` -> what the model's own tokenizer.json has, where transformers makes up another."""
 
 
 def _check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *, key: KeyPath) -> None:
@@ -152,7 +182,7 @@ def _check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *,
         raise UserError(what, how=_INSTEAD, key=key)
 
 
-def _end_tokens(reader: "GGUFReader") -> int | list[int] | None:
+def end_tokens(reader: "GGUFReader") -> int | list[int] | None:
     """Every token that ends an answer counts, not only the end of text."""
     fields = [reader.get_field(f"tokenizer.ggml.{name}") for name in END_TOKEN_KEYS]
     ends = list(dict.fromkeys(int(field.contents()) for field in fields if field is not None))

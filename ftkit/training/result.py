@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -152,10 +153,12 @@ def publish_result(
         which = f"the best evaluation (step {step}, loss {state.best_metric:.4f})"
     size = human_bytes(sum(path.stat().st_size for path in target.glob("*.safetensors")))
     beside = f"; {run / PROMPT} the soft prompt" if prompt is not None else ""
-    commands = [f"ftkit eval {run}"]
+    name = shlex.quote(str(run))
+    # Without rows that were held back there is nothing to measure by itself.
+    commands = [f"ftkit eval {name}"] if prepared.plan.validation_documents else []
     if method.merge_refusal is None and prompt is None:
-        commands += [f"ftkit merge {run}"]
-    commands += [f"ftkit export {run} --format {'hf' if method.name == 'full' else 'adapter'}"]
+        commands += [f"ftkit merge {name}"]
+    commands += [f"ftkit export {name} --format {'hf' if method.name == 'full' else 'adapter'}"]
     return Result(target, step, f"{target} holds the weights of {which}, {size}{beside}", tuple(commands))
 
 

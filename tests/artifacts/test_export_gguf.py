@@ -5,46 +5,27 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from ftkit.artifacts import export_gguf as exporting
 from ftkit.artifacts.export_gguf import check_gguf, export_gguf
 from ftkit.commands.export import export
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.runs import find_target
-from tests.tiny_models import CHATML, byte_fallback_tokenizer
-
-END = "<|im_end|>"
+from tests.tiny_gguf import save_convertible
+from tests.tiny_models import CHATML
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny Llama, bfloat16, with a tokenizer of a form that the converter knows: it falls back on bytes."""
-    directory = tmp_path_factory.mktemp("gguf") / "tiny"
-    tokenizer = byte_fallback_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=tokenizer.eos_token_id,
-        architectures=["LlamaForCausalLM"],
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_convertible(tmp_path_factory.mktemp("gguf") / "tiny")
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(None, "bf16"), ("float16", "f16"), ("float32", "f32"), ("q8_0", "q8_0")])
 def test_a_model_becomes_one_file_that_is_read_back(dtype, kind, model, tmp_path, capsys):
     export(str(model), format="gguf", output=tmp_path / "out", dtype=dtype)
-    assert f"llama-server -m {tmp_path / 'out'}/*.gguf" in capsys.readouterr().out
     (file,) = (tmp_path / "out").iterdir()
+    assert f"llama-server --jinja -m {file}" in capsys.readouterr().out
     assert file.name == f"out-{kind}.gguf"
     reader = GGUFReader(file)
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if tensor.name.endswith("attn_q.weight")}
@@ -103,3 +84,14 @@ def test_what_the_converter_refuses_is_told_in_its_words(model, tmp_path, monkey
     monkeypatch.setattr(exporting, "CONVERTER", "no_such_module")
     with pytest.raises(UserError, match=r"needs llama\.cpp's converter; pip install 'ftkit\[gguf\]'"):
         export_gguf(find_target(str(model)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("begin", ["", "{{ bos_token }}"])
+def test_the_file_says_what_a_chat_begins_with(begin, tmp_path):
+    """llama.cpp takes a BOS and a space for granted where neither key is there."""
+    model = save_convertible(tmp_path / "tiny", chat_template=begin + CHATML, says_beginning=False)
+    export_gguf(find_target(str(model)), tmp_path / "out")
+    (file,) = (tmp_path / "out").iterdir()
+    fields = GGUFReader(file).fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is bool(begin)
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() is False

@@ -34,6 +34,7 @@ def write_gguf(
     *,
     end_tokens: dict[str, int] | None = None,
     rope_scaling: gguf.RopeScalingType = gguf.RopeScalingType.NONE,
+    pre: str = "gpt-2",
 ) -> Path:
     """Write a tiny Llama as llama.cpp's converter does: rotary rows interleaved, everything float32."""
     config = model.config
@@ -49,7 +50,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    _write_tokenizer(writer)
+    _write_tokenizer(writer, pre)
     writer.add_rope_scaling_type(rope_scaling)
     for key, value in (end_tokens or {}).items():
         writer.add_uint32(f"tokenizer.ggml.{key}", value)
@@ -71,7 +72,7 @@ def write_gguf(
     return path
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _write_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
     tokenizer = tiny_tokenizer()
     vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
     vocabulary[len(vocabulary)] = "!!"
@@ -79,7 +80,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter) -> None:
     normal, control, unused = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
     types = [control if t in SPECIAL_TOKENS else normal if i in vocabulary else unused for i, t in enumerate(tokens)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     # An empty list of merges cannot be written; no text of the tests holds this pair.
@@ -99,6 +100,15 @@ def _interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [("gpt-2", [" ½", " 12"]), ("smollm", [" ", "½", " ", "1", "2"])])
+def test_texts_are_cut_as_llama_cpp_cuts_them(pre: str, pieces: list[str], cache: Path, tmp_path: Path) -> None:
+    """Before it looks for tokens; SmolLM's are trained on single digits."""
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), pre=pre)
+    tokenizer = load_tokenizer(find_base("tiny.gguf", ModelSection(), base=tmp_path))
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(" ½ 12")
+    assert [" ½ 12"[start:end] for _, (start, end) in cut] == pieces
 
 
 def test_a_gguf_base_is_an_equal_model_in_the_cache(cache: Path, tmp_path: Path) -> None:
@@ -185,7 +195,7 @@ def test_files_that_cannot_be_converted_are_one_line(cache: Path, tmp_path: Path
         converter.convert_gguf(part)
     writer = gguf.GGUFWriter(path, "hovercraft")
     writer.add_name("tiny")
-    _write_tokenizer(writer)
+    _write_tokenizer(writer, "gpt-2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
