@@ -37,8 +37,11 @@ from ftkit.training.traced import TracedStep, lay_on_meta, meta_batch, trace_ste
 ADAMW_MOMENTS = 2
 """float32 tensors that AdamW keeps of each trained parameter."""
 FLOAT32_BYTES = 4
-SPENT_BY_ALLOCATOR = {"cpu": 0.18, "cuda": 0.0}
-"""Of activations and logits: what the C library's allocator keeps beside them. See benchmarks/plan_vs_measured.py."""
+HEAP_BYTES, HEAP_SHARE = 400 * 2**20, 0.08
+"""What the C library's heap keeps in pieces on a CPU, beside activations and logits, and grows by with them.
+
+Fitted to benchmarks/plan_vs_measured.py, see docs/fitting.md: no property of the code. What is small keeps less.
+"""
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,9 @@ class Estimator:
             gathered = 2 * max(_bytes(block.parameters()) for block in describe(model).blocks)
             weights, state = weights // processes, state // processes
         activations, logits = (traced.activations, traced.logits) if traced is not None else (0, 0)
-        allocator = int(SPENT_BY_ALLOCATOR[self.place.device.type] * (activations + logits))
+        held = activations + logits
+        on_cpu = self.place.device.type == "cpu"
+        allocator = int(min(HEAP_BYTES, 2 * held) + HEAP_SHARE * held) if on_cpu else 0
         return Memory(weights + gathered, state, state * ADAMW_MOMENTS, activations, logits, allocator)
 
 

@@ -112,6 +112,9 @@ DOCUMENTS: dict[str, Needs] = {
             "ftkit train recipes/fsdp.yaml --launch-config": "waits for a second machine; tests/test_launch.py has two",
         },
     ),
+    "ci.md": Needs(not_run={"ftkit": "tests/test_workflows.py runs every command of it"}),
+    "serving.md": Needs(not_run={"ftkit": "tests/commands/test_next_commands.py runs every command of it"}),
+    "watching.md": Needs(not_run={"ftkit": "tests/test_docs_watching.py runs every command of it"}),
     "other_tools.md": Needs(files={"axolotl.yaml": AXOLOTL}),
 }
 """Name of a document -> what it needs."""
