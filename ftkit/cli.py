@@ -169,17 +169,8 @@ def merge(
     """Fold LoRA into the base model's weights, or take it off again, and prove the result."""
     from ftkit.commands.merge import merge as command
 
-    command(
-        adapters,
-        base=base,
-        output=output,
-        dtype=dtype,
-        proof=proof,
-        overwrite=overwrite,
-        onto_stored=onto_stored,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    common = {"overwrite": overwrite, "offline": offline, "trust_remote_code": trust_remote_code}
+    command(adapters, base=base, output=output, dtype=dtype, proof=proof, onto_stored=onto_stored, **common)
 
 
 @app.command(name="eval")
@@ -196,16 +187,8 @@ def evaluate(
     """Measure a model, side by side with what it was tuned from."""
     from ftkit.commands.eval import evaluate as command
 
-    command(
-        target,
-        suite=suite,
-        compare=compare or [],
-        no_compare=no_compare,
-        limit=limit,
-        output=output,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    common = {"offline": offline, "trust_remote_code": trust_remote_code}
+    command(target, suite=suite, compare=compare or [], no_compare=no_compare, limit=limit, output=output, **common)
 
 
 @app.command()

@@ -5,7 +5,7 @@ training; its step is traced there (`training/traced.py`).
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -261,9 +261,18 @@ def model_on_meta(prepared: PreparedModel, compute_dtype: torch.dtype, attention
         )
     if (quantization := prepared.base.quantization or stored_quantization(prepared.config)) is not None:
         quantize(model, quantization)
-    apply_method(model, prepared)
+    apply_method(model, _with_its_start(prepared))
     lay_on_meta(model)
     return model
+
+
+def _with_its_start(prepared: PreparedModel) -> PreparedModel:
+    """A run that has begun needs the adapter that it began with no more, and it may be gone."""
+    recipe = prepared.recipe
+    if recipe.method.type == "full" or prepared.init_from is not None:
+        return prepared
+    method = recipe.method.model_copy(update={"init_from": None})
+    return replace(prepared, recipe=recipe.model_copy(update={"method": method}))
 
 
 def count_parameters(prepared: PreparedModel) -> Report:

@@ -27,6 +27,11 @@ def estimator_of(recipe: Path, *overrides: str) -> Estimator:
     return Estimator(prepared, Place(CPU, torch.float32))
 
 
+def least(estimator: Estimator) -> int:
+    """Bytes of the smallest budget."""
+    return find_fit(estimator, estimator.estimate().memory_bytes.state).needed
+
+
 @pytest.fixture
 def estimator(tmp_path) -> Estimator:
     """Many layers, so that recomputing them pays."""
@@ -62,18 +67,18 @@ def test_less_tokens_come_first_then_recomputed_activations(estimator):
     recomputed = find_fit(estimator, needed(longest, False) - 1)
     assert recomputed.fits
     assert recomputed.estimate.micro_batch.checkpointing
-    least = needed(longest, True)
-    assert find_fit(estimator, least).fits
-    assert not find_fit(estimator, least - 1).fits
+    assert least(estimator) == needed(longest, True)
+    assert find_fit(estimator, needed(longest, True)).fits
+    assert not find_fit(estimator, needed(longest, True) - 1).fits
 
 
 def test_what_is_proposed_would_fit(tmp_path):
     recipe = write_recipe(tmp_path, method="full", global_batch_size=32, rows=80)
     fixed = estimator_of(recipe, "training.max_tokens_per_device=2048", "training.gradient_checkpointing=false")
     enough = estimator_of(recipe, *AUTO)
-    available = find_fit(enough, 0).needed
+    available = least(enough)
     assert not find_fit(fixed, available).fits
-    assert "training.max_tokens_per_device=auto" in changes_that_fit(fixed, find_fit(enough, 0).needed + 300_000)
+    assert "training.max_tokens_per_device=auto" in changes_that_fit(fixed, least(enough) + 300_000)
     found = changes_that_fit(enough, available - 1)
     assert "method={type: lora}" in found
     as_lora = estimator_of(recipe, *AUTO, "method={type: lora}")
@@ -119,7 +124,7 @@ def test_what_cannot_fit_ends_with_4_and_leaves_nothing(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path, method="full")
     estimator = estimator_of(recipe, *AUTO)
-    monkeypatch.setattr("ftkit.fit.free_memory", lambda device, processes: find_fit(estimator, 0).needed - 1)
+    monkeypatch.setattr("ftkit.fit.free_memory", lambda device, processes: least(estimator) - 1)
     assert ftkit(["train", str(recipe), *AUTO]) == 4
     error = capsys.readouterr().err
     assert error.startswith("ftkit: error: a step of ")

@@ -8,9 +8,9 @@ from ftkit.commands.init import init
 from ftkit.commands.train import train
 from ftkit.errors import UserError
 from ftkit.estimate import Estimator, Place
-from ftkit.fit import find_fit
 from ftkit.recipe.load import load_recipe
 from ftkit.training.prepare import prepare_model
+from tests.test_fit import least
 from tests.tiny_models import save_tiny
 from tests.tiny_runs import losses, write_rows
 
@@ -108,7 +108,7 @@ def test_what_fits_in_four_bits_only_is_kept_in_four_bits(place, monkeypatch, ca
     init("rows.jsonl", model="base", output=place / "plain.yaml")
     plain = load_recipe(place / "plain.yaml")
     whole, quantized = (
-        find_fit(Estimator(prepared := prepare_model(loaded, **KEYS), Place.here(prepared)), 0).needed
+        least(Estimator(prepared := prepare_model(loaded, **KEYS), Place.here(prepared)))
         for loaded in (plain, load_recipe(place / "plain.yaml", ["model.quantization=nf4"]))
     )
     assert quantized < whole

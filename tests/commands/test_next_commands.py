@@ -53,7 +53,7 @@ def pasted(directory: Path, monkeypatch, capsys) -> Iterator:
 
 
 def commands(printed: str) -> list[str]:
-    return [line.strip() for line in printed.splitlines() if line.startswith("  ")]
+    return [line.strip() for line in printed.splitlines() if re.match("  [a-z]", line)]
 
 
 def by_tool(lines: list[str], tool: str) -> list[str]:

@@ -52,7 +52,9 @@ def test_it_counts_what_the_whole_plan_counts_without_weights_and_data(method, t
     for part in STATE:
         assert found["memory_bytes"][part] == whole["memory_bytes"][part]
     assert found["micro_batch_tokens"] == 256
-    assert found["memory_bytes"]["activations"] > whole["memory_bytes"]["activations"]
+    # A prompt comes before each of the plan's documents, of which more share a micro-batch.
+    more = whole["memory_bytes"]["activations"] if method != "soft_prompt" else 0
+    assert found["memory_bytes"]["activations"] > more
     with pytest.raises(UserError, match="holds no weights"):
         plan(recipe, [section], json=True)
 
