@@ -79,6 +79,8 @@ flash_attention: true
 """
 QUICKSTART = "ftkit train recipes/quickstart/recipe.yaml"
 
+NEEDS_SERVER = "needs a server; tests/commands/test_next_commands.py starts them"
+
 DOCUMENTS: dict[str, Needs] = {
     "README.md": Needs(
         files={"bad.yaml": BAD_RECIPE},
@@ -93,6 +95,10 @@ DOCUMENTS: dict[str, Needs] = {
                 f"{QUICKSTART} output_dir=runs/plain",
                 f"{QUICKSTART} output_dir=runs/prompt method.soft_prompt=20",
             ],
+        },
+        not_run={
+            "ftkit verify runs/recipe-1 --endpoint": NEEDS_SERVER,
+            "ftkit verify runs/sst2 --endpoint": NEEDS_SERVER,
         },
     ),
     "inspect.md": Needs(
