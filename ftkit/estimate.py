@@ -28,7 +28,7 @@ from ftkit.models.objective import Head, verify_head
 from ftkit.models.quantization import quantize
 from ftkit.models.small_copy import small_copy
 from ftkit.models.soft_prompt import prompt_ids
-from ftkit.training.budget import Budget, first_budget, fullest_batch
+from ftkit.training.budget import Budget, accumulates, first_budget, fullest_batch
 from ftkit.training.build import set_for_training
 from ftkit.training.cadence import Cadence
 from ftkit.training.prepare import Prepared, PreparedModel, apply_method, pad_id
@@ -37,7 +37,7 @@ from ftkit.training.traced import TracedStep, lay_on_meta, meta_batch, trace_ste
 ADAMW_MOMENTS = 2
 """float32 tensors that AdamW keeps of each trained parameter."""
 FLOAT32_BYTES = 4
-HEAP_BYTES, HEAP_SHARE = 400 * 2**20, 0.08
+HEAP_BYTES, HEAP_SHARE = 440 * 2**20, 0.08
 """What the C library's heap keeps in pieces on a CPU, beside activations and logits, and grows by with them.
 
 Fitted to benchmarks/plan_vs_measured.py, see docs/fitting.md: no property of the code. What is small keeps less.
@@ -172,8 +172,8 @@ class Estimator:
         counts = report(model, method, beside=state_beside(model, recipe.method))
         notes = (*method.notes(model), *notes_beside(recipe.method))
         found = kinds(model)
-        batch = self._batch(model, budget)
-        traced, why_not = self._trace(model, batch, budget)
+        batch, adds = self._batch(model, budget)
+        traced, why_not = self._trace(model, batch, budget, adds)
         if why_not is not None:
             notes = (*notes, f"activations are not in the memory: {why_not}")
         return ModelEstimate(
@@ -190,23 +190,24 @@ class Estimator:
             traced=traced,
         )
 
-    def _batch(self, model: PreTrainedModel, budget: Budget) -> Batch:
+    def _batch(self, model: PreTrainedModel, budget: Budget) -> tuple[Batch, bool]:
+        """The fullest micro-batch, and whether gradients of others of its step are there."""
         assert self.isolation is not None
         packed, prompt, prepared = self.isolation.packed, prompt_ids(model), self.prepared
         if not isinstance(prepared, Prepared):
             length = prepared.recipe.data.max_length
-            return meta_batch(max(1, budget.max_tokens // length), length, packed=packed)
-        examples = fullest_batch(
-            prepared.plan,
-            world_size=self.place.processes,
-            max_tokens=budget.max_tokens,
-            packed=packed,
-            before_each=len(prompt),
-        )
+            documents = max(1, budget.max_tokens // length)
+            return meta_batch(documents, length, packed=packed), True
+        dealt: dict[str, Any] = {"world_size": self.place.processes, "max_tokens": budget.max_tokens}
+        dealt |= {"packed": packed, "before_each": len(prompt)}
+        examples = fullest_batch(prepared.plan, **dealt)
         batch = collate(examples, packed=packed, pad_id=pad_id(prepared.tokenizer), prompt_ids=prompt)
-        return batch.to("meta")
+        # Several processes add their gradients up in buckets that stay.
+        return batch.to("meta"), self.place.processes > 1 or accumulates(prepared.plan, **dealt)
 
-    def _trace(self, model: PreTrainedModel, batch: Batch, budget: Budget) -> tuple[TracedStep | None, str | None]:
+    def _trace(
+        self, model: PreTrainedModel, batch: Batch, budget: Budget, adds: bool
+    ) -> tuple[TracedStep | None, str | None]:
         """The step, or why it cannot be traced."""
         assert self.isolation is not None
         prepared = self.prepared
@@ -216,7 +217,7 @@ class Estimator:
         try:
             if self.head is None:
                 self.head, _ = verify_head(small_copy(prepared.config))
-            return trace_step(model, batch, head=self.head, packed_attention=ours), None
+            return trace_step(model, batch, head=self.head, packed_attention=ours, accumulates=adds), None
         # Any model's code may ask for a number that a meta tensor has not, in any way.
         except Exception as error:
             return (

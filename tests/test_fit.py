@@ -14,7 +14,7 @@ from ftkit.estimate import Estimator, Place
 from ftkit.fit import changes_that_fit, find_fit, free_memory
 from ftkit.models.objective import Objective
 from ftkit.recipe.load import load_recipe
-from ftkit.training.budget import Budget, first_budget, fullest_batch, longest_document, smaller_budgets
+from ftkit.training.budget import Budget, accumulates, first_budget, fullest_batch, longest_document, smaller_budgets
 from ftkit.training.prepare import prepare
 from tests.tiny_runs import losses, read_metrics, result_hash, write_recipe
 
@@ -204,6 +204,18 @@ def test_the_fullest_micro_batch_is_one_of_the_plans(tmp_path):
         most = max(sum(part) if packed else max(part) * len(part) for part in lengths)
         own = [example.example.num_tokens for example in found]
         assert (sum(own) if packed else max(own) * len(own)) == most
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_whether_a_step_has_several_micro_batches(tmp_path, packed):
+    plan = estimator_of(write_recipe(tmp_path, rows=80)).prepared.plan
+    for max_tokens in (30, 100, 100_000):
+        counts = [
+            len(plan.micro_batches(step, rank=0, world_size=1, max_tokens=max_tokens, packed=packed))
+            for step in range(len(plan.steps))
+        ]
+        assert accumulates(plan, world_size=1, max_tokens=max_tokens, packed=packed) == (max(counts) > 1)
+    assert max(counts) == 1
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):

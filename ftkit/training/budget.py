@@ -65,15 +65,9 @@ def fullest_batch(
     plan: Plan, *, world_size: int, max_tokens: int, packed: bool, before_each: int = 0
 ) -> list[EncodedExample]:
     """The micro-batch of the plan that holds most tokens, of those the one with the longest document."""
-    examples, steps = plan.examples, plan.steps
-    tokens = steps.sums(examples.num_tokens)
-    fullest = set(np.argsort(-tokens, kind="stable")[:FULLEST].tolist())
-    # The longest document may lie in an empty step, and fill a micro-batch by itself.
-    at = int(np.argmax(examples.num_tokens[steps.order]))
-    fullest.add(int(np.searchsorted(steps.bounds, at, side="right")) - 1)
     batches = [
         batch
-        for step in sorted(fullest)
+        for step in _fullest_steps(plan)
         for batch in plan.micro_batches(
             step, rank=0, world_size=world_size, max_tokens=max_tokens, packed=packed, before_each=before_each
         )
@@ -84,6 +78,30 @@ def fullest_batch(
         return (sum(lengths) if packed else max(lengths) * len(lengths)), max(lengths)
 
     return max(batches, key=size)
+
+
+def accumulates(plan: Plan, *, world_size: int, max_tokens: int, packed: bool, before_each: int = 0) -> bool:
+    """Whether a step of the plan has several micro-batches on a device: gradients then lie beside activations."""
+    fullest = _fullest_steps(plan)
+    others = set(range(len(plan.steps))).difference(fullest)
+    return any(
+        len(
+            plan.micro_batches(
+                step, rank=0, world_size=world_size, max_tokens=max_tokens, packed=packed, before_each=before_each
+            )
+        )
+        > 1
+        for step in (*fullest, *others)
+    )
+
+
+def _fullest_steps(plan: Plan) -> list[int]:
+    """Those with most tokens, and that of the longest document, which may fill a micro-batch by itself."""
+    examples, steps = plan.examples, plan.steps
+    tokens = steps.sums(examples.num_tokens)
+    at = int(np.argmax(examples.num_tokens[steps.order]))
+    of_longest = int(np.searchsorted(steps.bounds, at, side="right")) - 1
+    return sorted({of_longest, *np.argsort(-tokens, kind="stable")[:FULLEST].tolist()})
 
 
 def longest_document(plan: Plan, before_each: int = 0) -> int:

@@ -29,7 +29,7 @@ class TracedStep:
     """What one micro-batch takes."""
 
     activations: int
-    """Bytes at the fullest moment that are neither weights, gradients, nor of the loss."""
+    """Bytes at the fullest moment beyond weights, all gradients and what is of the loss."""
     logits: int
     """Bytes of the loss at that moment: logits of a chunk of targets, or of all, and the gradient formed of them."""
     flops_per_token: float
@@ -42,7 +42,9 @@ class TracedStep:
     """Of all operations, those of a forward pass without gradients."""
 
 
-def trace_step(model: PreTrainedModel, batch: Batch, *, head: Head, packed_attention: bool) -> TracedStep:
+def trace_step(
+    model: PreTrainedModel, batch: Batch, *, head: Head, packed_attention: bool, accumulates: bool = True
+) -> TracedStep:
     """Run forward and backward on the meta device.
 
     Args:
@@ -50,14 +52,15 @@ def trace_step(model: PreTrainedModel, batch: Batch, *, head: Head, packed_atten
         batch: on the meta device, the bounds of its documents on the CPU.
         head: how the loss makes logits (`verify_head` of a small copy).
         packed_attention: as `Objective` has it.
+        accumulates: whether gradients of a micro-batch before are there from the start. Otherwise they arise while
+            activations are freed, and their places are not needed twice.
 
     Raises:
         Exception: whatever torch raises where an operation depends on the numbers in a tensor, or has no meta form.
     """
     objective = Objective(model, num_datasets=1, packed_attention=packed_attention, head=head).train()
     for parameter in model.parameters():
-        # There from the second micro-batch on; counted apart from the activations.
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        parameter.grad = torch.empty_like(parameter) if accumulates and parameter.requires_grad else None
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     known: list[Tensor] = [*model.parameters(), *model.buffers(), *gradients]
     with _Counting(known) as live, _fused_attention() as attention, _marking(objective, live) as counted:
@@ -65,6 +68,7 @@ def trace_step(model: PreTrainedModel, batch: Batch, *, head: Head, packed_atten
         live.mark("backward")
         counted["forward"] = live.flops
         loss.backward()
+    arisen = 0 if accumulates else sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     for parameter in model.parameters():
         parameter.grad = None
 
@@ -72,6 +76,7 @@ def trace_step(model: PreTrainedModel, batch: Batch, *, head: Head, packed_atten
     series = live.live_bytes(lambda life: life.operation != "")
     peak = max(range(len(series)), key=series.__getitem__)
     of_loss = sum(life.bytes for life in live.lives if begin < life.born <= end and life.lives_at(peak))
+    beyond = max(0, series[peak] - arisen)
     total, of_head = live.flops, counted["forward"] - counted["loss"]
     pairs = sum(int(length) ** 2 / 2 for length in _lengths(batch))
     # The loss forms its gradients in the forward pass: one product more, or two where the head trains.
@@ -79,8 +84,8 @@ def trace_step(model: PreTrainedModel, batch: Batch, *, head: Head, packed_atten
     forward = counted["loss"] + of_head / products + attention.forward_flops
     everything = total + attention.forward_flops + attention.backward_flops
     return TracedStep(
-        activations=series[peak] - of_loss,
-        logits=of_loss,
+        activations=beyond - min(of_loss, beyond),
+        logits=min(of_loss, beyond),
         flops_per_token=(total - of_head) / batch.input_ids.numel(),
         flops_per_target=of_head / max(1, len(batch.target_ids)),
         flops_per_pair=(attention.forward_flops + attention.backward_flops) / pairs,

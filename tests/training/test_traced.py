@@ -49,11 +49,11 @@ def batch_of(lengths: list[int]) -> Batch:
     return collate(examples, packed=True, pad_id=0)
 
 
-def real_peak(model, batch: Batch) -> int:
-    """Bytes of what the step made, on the CPU, at its fullest moment; gradients are there before."""
+def real_peak(model, batch: Batch, *, accumulates: bool = True) -> int:
+    """Bytes of what the step made, on the CPU, at its fullest moment; gradients are there before, or arise."""
     objective = Objective(model, num_datasets=1, packed_attention=True).train()
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        parameter.grad = torch.zeros_like(parameter) if accumulates and parameter.requires_grad else None
     known: list[Tensor] = [*model.parameters(), *model.buffers(), batch.input_ids, batch.position_ids]
     known += [p.grad for p in model.parameters() if p.grad is not None]
     known += [batch.target_positions, batch.target_ids, batch.target_datasets, batch.cu_seq_lens]
@@ -72,6 +72,24 @@ def test_the_bytes_are_those_of_a_real_step(method, checkpointing, dtype):
     traced = trace_step(model, batch.to("meta"), head="chunked", packed_attention=True)
     # Bounds and scalars are on the CPU in both; kernels of the CPU keep a few numbers of their own.
     assert traced.activations + traced.logits == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("lengths", [[60, 40, 28], [4]])
+def test_gradients_that_arise_in_the_step(method, checkpointing, lengths):
+    """With one micro-batch a step they are not there while activations are at their most."""
+    batch = batch_of(lengths)
+    real = make("llama", method, "cpu", checkpointing=checkpointing)
+    measured = real_peak(real, batch, accumulates=False)
+    gradients = sum(p.nbytes for p in real.parameters() if p.requires_grad)
+    meta = make("llama", method, "meta", checkpointing=checkpointing)
+    traced, beside = (
+        trace_step(meta, batch.to("meta"), head="chunked", packed_attention=True, accumulates=accumulates)
+        for accumulates in (False, True)
+    )
+    assert gradients + traced.activations + traced.logits == pytest.approx(max(measured, gradients), rel=0.02)
+    assert traced.activations + traced.logits < beside.activations + beside.logits
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3", "mistral", "gpt2"])
