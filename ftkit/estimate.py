@@ -237,7 +237,7 @@ class Estimator:
         activations, logits = (traced.activations, traced.logits) if traced is not None else (0, 0)
         held = activations + logits
         on_cpu = self.place.device.type == "cpu"
-        allocator = int(min(HEAP_BYTES, 2 * held) + HEAP_SHARE * held) if on_cpu else 0
+        allocator = int(min(HEAP_BYTES, 3 * held) + HEAP_SHARE * held) if on_cpu else 0
         return Memory(weights + gathered, state, state * ADAMW_MOMENTS, activations, logits, allocator)
 
 
