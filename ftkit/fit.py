@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -22,13 +23,15 @@ from ftkit.models.isolation import Isolation
 from ftkit.models.soft_prompt import prompt_ids
 from ftkit.recipe.method_schema import LoraMethod
 from ftkit.recipe.schema import Recipe
-from ftkit.training.budget import Budget, first_budget, fullest_batch, longest_document, smaller_budgets
+from ftkit.training.budget import Budget, accumulates, first_budget, fullest_batch, longest_document, smaller_budgets
 from ftkit.training.build import Built, Layout
 from ftkit.training.prepare import Prepared, PreparedModel, pad_id
 from ftkit.training.trial import step_fits
 
 USABLE = {"cpu": 0.9, "cuda": 0.95}
 """Share of the free memory that a run may be planned to fill."""
+TRIED = 0.85
+"""Share of what the step was planned to take that a change has to fit into, where that step ran out of memory."""
 SHORTEST = 256
 """Tokens of `data.max_length` below which shortening is no advice."""
 CGROUPS = (
@@ -204,9 +207,19 @@ def too_large(estimator: Estimator, fit: Fit) -> OutOfMemoryError:
         f"gradients and optimizer {human_bytes(memory.gradients + memory.optimizer)}, the rest activations), "
         f"and {human_bytes(fit.available)} may be filled"
     )
-    changes = changes_that_fit(estimator, fit.available)
-    how = f"it fits with {', or with '.join(changes[:3])}" if changes else "choose a smaller base_model"
-    return OutOfMemoryError(what, how=how)
+    return OutOfMemoryError(what, how=_advice(estimator, fit.available))
+
+
+def _ran_out(estimator: Estimator, budget: Budget) -> OutOfMemoryError:
+    """The error for a step that was tried: what it was planned to take is more than there is, by an unknown part."""
+    planned = estimator.estimate(budget).memory_bytes.total
+    what = f"a trial step of {budget} does not fit into the memory of {estimator.place.device}"
+    return OutOfMemoryError(what, how=_advice(estimator, int(TRIED * planned)))
+
+
+def _advice(estimator: Estimator, available: int) -> str:
+    changes = changes_that_fit(estimator, available)
+    return f"it fits with {', or with '.join(changes[:3])}" if changes else "choose a smaller base_model"
 
 
 def settle_by_trial(built: Built, prepared: Prepared, world: World) -> Built:
@@ -224,20 +237,18 @@ def settle_by_trial(built: Built, prepared: Prepared, world: World) -> Built:
     before = prompt_ids(built.model)
     rest = smaller_budgets(prepared.recipe, budget, longest_document(prepared.plan, len(before)))
     while True:
-        examples = fullest_batch(
-            prepared.plan,
-            world_size=world.size,
-            max_tokens=budget.max_tokens,
-            packed=feed.packed,
-            before_each=len(before),
-        )
+        dealt: dict[str, Any] = {"world_size": world.size, "max_tokens": budget.max_tokens}
+        dealt |= {"packed": feed.packed, "before_each": len(before)}
+        examples = fullest_batch(prepared.plan, **dealt)
         batch = collate(examples, packed=feed.packed, pad_id=pad_id(prepared.tokenizer), prompt_ids=before)
-        if step_fits(built.loop.objective, batch.to(world.device), built.loop.parameters.values(), world):
+        adds = world.size > 1 or accumulates(prepared.plan, **dealt)
+        parameters = built.loop.parameters.values()
+        if step_fits(built.loop.objective, batch.to(world.device), parameters, world, accumulates=adds):
             break
         smaller = next(rest, None)
         if smaller is None:
-            how = "set a smaller data.max_length, or one of what `ftkit plan` proposes with a smaller --memory"
-            raise OutOfMemoryError(f"a trial step of {budget} does not fit into the memory of {world.device}", how=how)
+            place = replace(Place.here(prepared, world.size), device=world.device)
+            raise _ran_out(Estimator(prepared, place, built.layout.isolation), budget)
         if smaller.checkpointing and not budget.checkpointing:
             built.model.activation_checkpointing_enable({"use_reentrant": False})
         budget = smaller

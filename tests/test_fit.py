@@ -1,6 +1,7 @@
 """A budget that fits: which one is chosen, what is proposed where none is, and that the gradient stays the same."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def test_what_is_proposed_would_fit(tmp_path):
     enough = estimator_of(recipe, *AUTO)
     available = least(enough)
     assert not find_fit(fixed, available).fits
-    assert "training.max_tokens_per_device=auto" in changes_that_fit(fixed, least(enough) + 300_000)
+    kept = least(estimator_of(recipe, AUTO[0], "training.gradient_checkpointing=false"))
+    assert "training.max_tokens_per_device=auto" in changes_that_fit(fixed, kept)
     found = changes_that_fit(enough, available - 1)
     assert "method={type: lora}" in found
     as_lora = estimator_of(recipe, *AUTO, "method={type: lora}")
@@ -188,7 +190,8 @@ def test_a_gpu_on_which_nothing_runs(tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path)
     _SmallGpu(monkeypatch, tokens=1, kept=True)
     assert ftkit(["train", str(recipe), *AUTO]) == 4
-    assert capsys.readouterr().err.startswith("ftkit: error: a trial step of ")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match("ftkit: error: a trial step of .* does not fit into the memory of .*; it fits with ", error)
 
 
 def test_the_fullest_micro_batch_is_one_of_the_plans(tmp_path):

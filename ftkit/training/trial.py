@@ -12,8 +12,12 @@ MOMENTS = 2
 """float32 tensors that AdamW keeps of each trained parameter."""
 
 
-def step_fits(root: nn.Module, batch: Batch, parameters: Iterable[nn.Parameter], world: World) -> bool:
+def step_fits(
+    root: nn.Module, batch: Batch, parameters: Iterable[nn.Parameter], world: World, *, accumulates: bool
+) -> bool:
     """Whether a micro-batch can be run beside the optimizer's state on every process. A collective.
+
+    With `accumulates` it is run twice, since the second one of a step adds to the gradients of the first.
 
     Forward and backward without the optimizer's step or a synchronisation; gradients and random state are as before
     afterwards, but for those that a parameter had: none may be waiting.
@@ -21,7 +25,7 @@ def step_fits(root: nn.Module, batch: Batch, parameters: Iterable[nn.Parameter],
     trained = list(parameters)
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        failed = world.any(not _runs(root.train(), batch, trained, world))
+        failed = world.any(not _runs(root.train(), batch, trained, world, times=1 + accumulates))
     for parameter in trained:
         parameter.grad = None
     if devices:
@@ -30,14 +34,13 @@ def step_fits(root: nn.Module, batch: Batch, parameters: Iterable[nn.Parameter],
     return not failed
 
 
-def _runs(root: nn.Module, batch: Batch, trained: list[nn.Parameter], world: World) -> bool:
+def _runs(root: nn.Module, batch: Batch, trained: list[nn.Parameter], world: World, *, times: int) -> bool:
     """Without the error, whose traceback would keep every tensor of the attempt."""
     try:
         # They stay from the first step on; a run that goes on has them already, and this counts them twice.
         state = [torch.empty_like(p, dtype=torch.float32) for p in trained for _ in range(MOMENTS)]
         with world.gradient_sync(root, sync=False):
-            # Twice: the second micro-batch adds to the gradients of the first.
-            for _ in range(2):
+            for _ in range(times):
                 root(batch).loss.backward()
         del state
     except torch.OutOfMemoryError:
