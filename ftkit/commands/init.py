@@ -1,6 +1,7 @@
 """`ftkit init`: a first recipe, from somebody's data or from another tool's configuration."""
 
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,14 @@ def _from_configuration(path: Path, output: Path, console: Console, *, model: st
     console.line(f"{path} is a configuration of {found.tool}")
     for note in notes:
         console.line(f"left out   {note}")
+    unneeded = ", ".join(map(dotted, found.unneeded))
+    if unneeded:
+        console.line(f"not needed {unneeded}")
     head = [f"# Made by `ftkit init` from {path.name}, a configuration of {found.tool}."]
     head += ["#", "# Not carried over as it was:", *(f"#   {note}" for note in notes)] if notes else []
+    head += textwrap.wrap(f"Not needed here: {unneeded}", 118, initial_indent="# ", subsequent_indent="#   ") * bool(
+        unneeded
+    )
     order = ("base_model", "model", "data", "method", "training", "output_dir", "seed")
     ordered = {key: values[key] for key in order if values.get(key) not in (None, {})}
     body = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=110)
@@ -110,6 +117,8 @@ def _move_paths(values: dict[str, Any], there: Path, here: Path) -> None:
         return text if found is None or Path(text).is_absolute() else os.path.relpath(found, here)
 
     values["base_model"] = moved(values["base_model"])
+    if "chat_template" in values.get("model", {}):
+        values["model"]["chat_template"] = moved(values["model"]["chat_template"])
     for kind in ("train", "eval"):
         for dataset in values.get("data", {}).get(kind, []):
             dataset["path"] = moved(dataset["path"])

@@ -28,6 +28,8 @@ class Refusal:
 
     what: str
     how: str
+    harmless: bool = False
+    """What it asks for happens here anyway, or changes speed alone: a translated configuration loses nothing."""
 
 
 _PROMPT_TOO = choices({True: "all", False: "assistant"})
@@ -41,14 +43,16 @@ def _later(how: str) -> Refusal:
     return Refusal("not in this version", how)
 
 
-def _use(how: str, why: str = "another tool's key") -> Refusal:
-    return Refusal(why, how)
+def _use(how: str, why: str = "another tool's key", harmless: bool = False) -> Refusal:
+    return Refusal(why, how, harmless)
 
 
 _BATCH = Refusal(
     "the batch is global here", "set training.global_batch_size = per device × accumulation steps × devices"
 )
-_EVAL_BATCH = Refusal("evaluation uses the same token budget as training", "set training.max_tokens_per_device")
+_EVAL_BATCH = Refusal(
+    "evaluation uses the same token budget as training", "set training.max_tokens_per_device", harmless=True
+)
 _PRECISION = _use("set model.dtype: bfloat16 or float32 (trained weights are kept in float32)")
 _NO_NETWORK = Refusal("a prefix trains as it is, not through a network that makes it (P-Tuning v2)", "remove it")
 _PROMPT_INIT = {"SAMPLE_VOCAB": "vocabulary", "TEXT": "vocabulary", "RANDOM": "random"}
@@ -57,13 +61,17 @@ _DATASETS = _use("list the data sets under data.train, and validation sets under
 _QUANTIZATION = _use("set model.quantization: nf4 (blocks of 64, scales quantized too) or int8")
 _PARALLEL = _use("set training.parallel: ddp or fsdp, and say where to run with --launch-config")
 _LAUNCH = Refusal(
-    "ftkit sets up its processes itself", "remove it; --num-processes and --launch-config say where to run"
+    "ftkit sets up its processes itself",
+    "remove it; --num-processes and --launch-config say where to run",
+    harmless=True,
 )
-_LOADER = Refusal("the whole run is planned before its first step, there is no data loader to set", "remove it")
-_LENGTHS = Refusal("batches are balanced by tokens already", "remove it")
+_LOADER = Refusal(
+    "the whole run is planned before its first step, there is no data loader to set", "remove it", harmless=True
+)
+_LENGTHS = Refusal("batches are balanced by tokens already", "remove it", harmless=True)
 _EVALUATIONS = _use("set training.eval_steps: steps, or below 1 a share of the run; data.val_size: 0 turns it off")
 _SAVES = _use("set training.save_steps: steps, or below 1 a share of the run")
-_LOGGING = _use("set training.logging_steps; every value is in the run's metrics.jsonl")
+_LOGGING = _use("set training.logging_steps; every value is in the run's metrics.jsonl", harmless=True)
 _TRACKER_FLAGS = _use("name it in training.report_to, e.g. [tensorboard, wandb]")
 _TRACKER_PLACE = _use("set training.report_to; trackers keep their files in the run's directory")
 _TRACKER_SETTINGS = Refusal("a tracker's own settings stay outside of the recipe", "set its environment variables")
@@ -76,10 +84,13 @@ _OVERWRITE = _use("give --overwrite on the command line; the old run is moved as
 _REMOTE_CODE = Refusal("a recipe cannot switch on remote code", "give --trust-remote-code on the command line")
 _DETERMINISTIC = _later("leave it out; on CPU, a run with the same seed repeats bit for bit")
 _SEED = _use("set seed: it decides every random choice")
-_ATTENTION = _use("set model.attn_implementation: auto, ftkit, eager, sdpa or flash_attention_2")
-_KERNELS = Refusal("ftkit's own loss never holds all logits", "remove it")
+_ATTENTION = _use("set model.attn_implementation: auto, ftkit, eager, sdpa or flash_attention_2", harmless=True)
+_SHIFTED_ATTENTION = Refusal("attention is exact here", "remove it")
+_KERNELS = Refusal("ftkit's own loss never holds all logits", "remove it", harmless=True)
+_WATCHDOG = Refusal("a run stops before a step that is not finite", "remove it", harmless=True)
 _TEMPLATE = _use("leave it out to use the tokenizer's own template, or set model.chat_template")
 _VOCABULARY = _use("name new tokens in model.add_tokens, control tokens in model.add_special_tokens")
+_PADDING_TOKEN = Refusal("no padding token is needed", "remove it", harmless=True)
 _TOKENIZER = _use("set model.tokenizer to a directory or hub id")
 _TRAINER_ONLY = Refusal("has no counterpart in ftkit's training loop", "remove it")
 _LORA_VARIANT = _later("leave it out; plain LoRA with a tuned learning_rate comes within a percent or two")
@@ -89,11 +100,15 @@ _ADAPTER_NORMS = Refusal(
     "bottleneck adapters come before the residual sum and before a norm that follows it", "remove it"
 )
 _ADAPTER_VARIANT = _later("leave it out; method.insertion, scale and dropout can be chosen")
-_MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it")
+_MODEL_LOADING = Refusal("the base model is loaded with its own settings", "remove it", harmless=True)
 _SUPERVISED = Refusal("ftkit does supervised fine-tuning", "remove it; preference tuning is not in this version")
-_CHECKPOINTING = _use("set training.gradient_checkpointing: true or false")
-_PADDING = Refusal("there is no padding to set: rows are packed, or padded to the longest of their batch", "remove it")
-_PREPARATION = Refusal("prepared data is kept in ~/.cache/ftkit, and found again by its content", "remove it")
+_CHECKPOINTING = _use("set training.gradient_checkpointing: true or false", harmless=True)
+_PADDING = Refusal(
+    "there is no padding to set: rows are packed, or padded to the longest of their batch", "remove it", harmless=True
+)
+_PREPARATION = Refusal(
+    "prepared data is kept in ~/.cache/ftkit, and found again by its content", "remove it", harmless=True
+)
 _DROPPED_ROWS = _use("set data.train.N.max_samples")
 _MESSAGE_KEYS = _use("name the turns' keys role and content, or from and value; map role names with roles")
 _MIXING = _use("set data.mixing.strategy: weights, and a weight for each data set")
@@ -269,11 +284,18 @@ FOREIGN: dict[str, Alias | Refusal] = {
     "trust_remote_code": _REMOTE_CODE,
     "data_seed": _SEED,
     **_group(_ATTENTION, "flash_attn flash_attention sdp_attention xformers_attention flex_attention"),
-    **_group(_ATTENTION, "eager_attention use_flash_attention_2 s2_attention shift_attn"),
-    **_group(_KERNELS, "use_liger_kernel liger_kernel_config enable_liger_kernel loss_type"),
+    **_group(_ATTENTION, "eager_attention use_flash_attention_2"),
+    **_group(_SHIFTED_ATTENTION, "s2_attention shift_attn"),
+    **_group(_KERNELS, "use_liger_kernel liger_kernel_config enable_liger_kernel loss_type cut_cross_entropy"),
+    **_group(_KERNELS, "liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_cross_entropy"),
+    **_group(_KERNELS, "liger_fused_linear_cross_entropy lora_mlp_kernel lora_qkv_kernel lora_o_kernel"),
     **_group(_TEMPLATE, "template chat_template_jinja default_system"),
-    **_group(_VOCABULARY, "special_tokens resize_vocab eos_token pad_token"),
+    **_group(_VOCABULARY, "special_tokens resize_vocab"),
     **_group(_VOCABULARY, "resize_token_embeddings_to_32x"),
+    "pad_token": _PADDING_TOKEN,
+    "eos_token": _use(
+        "the token that ends a turn is found from the chat template; to set another, see model.chat_template"
+    ),
     **_group(_TOKENIZER, "tokenizer_type tokenizer_config tokenizer_name tokenizer_name_or_path use_fast_tokenizer"),
     **_group(_LORA_VARIANT, "loftq_config lora_bias bias"),
     **_group(_LORA_VARIANT, "relora layers_to_transform peft_layers_to_transform"),
@@ -285,7 +307,8 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_MODEL_LOADING, "model_init_kwargs low_cpu_mem_usage model_type is_llama_derived_model use_cache"),
     **_group(_SUPERVISED, "stage rl pref_beta pref_loss ref_model reward_model task_type use_peft"),
     **_group(_CHECKPOINTING, "gradient_checkpointing_kwargs activation_checkpointing_kwargs use_reentrant"),
-    **_group(_CHECKPOINTING, "disable_gradient_checkpointing activation_offloading"),
+    **_group(_CHECKPOINTING, "disable_gradient_checkpointing"),
+    **_group(_later("leave it out"), "activation_offloading"),
     **_group(_PADDING, "pad_to_sequence_len pad_to_multiple_of padding_free packing_strategy eval_packing"),
     **_group(_PADDING, "eval_sample_packing ignore_pad_token_for_loss"),
     **_group(_PREPARATION, "dataset_prepared_path dataset_processes dataset_num_proc dataset_kwargs tokenized_path"),
@@ -296,7 +319,9 @@ FOREIGN: dict[str, Alias | Refusal] = {
     **_group(_TRAINER_ONLY, "eval_use_gather_object include_for_metrics greater_is_better strict plugins"),
     **_group(_TRAINER_ONLY, "truncation_mode router_aux_loss_coef"),
     "early_stopping_threshold": _use("set training.early_stopping_patience alone"),
-    "train_on_eos": Refusal("the end of every trained turn is a target", "remove it"),
+    "train_on_eos": Refusal("the end of every trained turn is a target", "remove it", harmless=True),
+    "loss_watchdog_threshold": _WATCHDOG,
+    "loss_watchdog_patience": _WATCHDOG,
     "roles_to_train": _use("set data.train_on: assistant, last_assistant or all"),
 }
 """A name -> what it means. A dotted name is looked up first (`*` stands for any number in a list, `train` for data.eval

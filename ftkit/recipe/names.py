@@ -111,6 +111,12 @@ def explain_unknown(path: KeyPath, length: int | None = None, siblings: list[str
     return Problem("unknown key", f"the keys here are {', '.join(siblings)}" if siblings else "remove it", key=path)
 
 
+def is_harmless(path: KeyPath) -> bool:
+    """Whether a run does the same without another tool's key there."""
+    entry = _entry(path)
+    return isinstance(entry, Refusal) and entry.harmless
+
+
 def later_value(path: KeyPath, value: Any) -> str | None:
     """What to write instead of a value that belongs to a later version, or None."""
     known = LATER_VALUES.get(_pattern(path), {})

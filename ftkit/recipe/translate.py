@@ -14,8 +14,9 @@ from typing import Any
 from ftkit.errors import KeyPath, Problem, UserError, dotted
 from ftkit.recipe.checks import check
 from ftkit.recipe.marked_yaml import read_yaml
-from ftkit.recipe.names import convert_values, move_aliases
+from ftkit.recipe.names import convert_values, is_harmless, move_aliases
 from ftkit.recipe.problems import validate
+from ftkit.recipe.translate_settings import carry_template, drop_what_happens_anyway
 
 MISSING: Any = object()
 AXOLOTL, LLAMA_FACTORY, TRL = "axolotl", "LLaMA-Factory", "TRL"
@@ -48,6 +49,8 @@ class Translated:
     """Valid; keys of the configuration, none of our defaults."""
     left_out: tuple[Problem, ...]
     """Keys that could not be carried over: which, why, and what to do."""
+    unneeded: tuple[KeyPath, ...]
+    """Keys that ask for what happens here anyway, or for speed alone."""
 
 
 def translate(path: Path) -> Translated:
@@ -62,6 +65,8 @@ def translate(path: Path) -> Translated:
         raise UserError("a configuration is a mapping of keys", how="name a YAML file", where=str(path))
     left: list[Problem] = []
     tool = _tool(raw)
+    unneeded = drop_what_happens_anyway(raw)
+    carry_template(raw, path.parent, left)
     datasets = _datasets(raw, tool, path, left)
     _batch(raw, left)
     _method(raw, tool)
@@ -81,7 +86,9 @@ def translate(path: Path) -> Translated:
         first = next(iter(left), None)
         what = "no recipe can be made of it" + (f": {dotted(first.key)}: {first.what}" if first is not None else "")
         raise UserError(what, how="see recipes/ for one to start from", where=str(path))
-    return Translated(tool, recipe, tuple(left))
+    unneeded += [problem.key for problem in left if is_harmless(problem.key)]
+    left = [problem for problem in left if not is_harmless(problem.key)]
+    return Translated(tool, _without_none(recipe), tuple(left), tuple(unneeded))
 
 
 def _tool(raw: Mapping[str, Any]) -> str:
@@ -98,7 +105,9 @@ def _datasets(raw: dict[str, Any], tool: str, path: Path, left: list[Problem]) -
         names = raw.pop("dataset", None)
         directory = Path(raw.pop("dataset_dir", "data"))
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names or ())
-        return [_factory_dataset(name, directory, path, left) for name in names]
+        # Theirs counts for each data set, as ours does.
+        most = {"max_samples": raw.pop("max_samples")} if isinstance(raw.get("max_samples"), int) else {}
+        return [_factory_dataset(name, directory, path, left) | most for name in names]
     if tool == TRL:
         moved = {"dataset_name": "path", "dataset_config": "subset", "dataset_train_split": "split"}
         found = {ours: raw.pop(theirs) for theirs, ours in moved.items() if raw.get(theirs) is not None}
@@ -256,6 +265,13 @@ def _remove(container: Any, key: KeyPath) -> Any:
             return MISSING
         container = container[part]
     return container.pop(key[-1], MISSING) if key and isinstance(container, dict) else MISSING
+
+
+def _without_none(value: Any) -> Any:
+    """What was named with no value there is our default."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
 def _not(key: KeyPath, what: str, how: str) -> Problem:

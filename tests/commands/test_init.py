@@ -131,9 +131,11 @@ def test_a_configuration_becomes_a_recipe_that_trains(place, capsys):
     init("configs/axolotl.yaml", output=place / "configs" / "recipe.yaml")
     shown = capsys.readouterr().out
     assert "configs/axolotl.yaml is a configuration of axolotl" in shown
-    assert "left out   flash_attention: another tool's key" in shown
+    assert "left out   micro_batch_size: 2 a device x 2 steps" in shown
+    assert "not needed flash_attention\n" in shown
     text = (place / "configs" / "recipe.yaml").read_text()
-    assert "#   flash_attention: another tool's key" in text
+    assert "#   micro_batch_size: 2 a device" in text
+    assert "# Not needed here: flash_attention\n" in text
     recipe = load_recipe(place / "configs" / "recipe.yaml").recipe
     assert (recipe.base_model, recipe.data.train[0].path) == ("../base", "../rows.jsonl")
     train(place / "configs" / "recipe.yaml", [f"output_dir={place / 'run'}"])

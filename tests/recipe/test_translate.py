@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ftkit.data.template_texts import BUILT_IN
 from ftkit.errors import UserError, dotted
 from ftkit.recipe.load import load_recipe
 from ftkit.recipe.translate import AXOLOTL, LLAMA_FACTORY, TRL, Translated, translate
@@ -126,13 +127,8 @@ def test_axolotls_qlora(tmp_path: Path) -> None:
         "output_dir": "./outputs/qlora",
     }
     # What was switched off or empty is not missed; what counts otherwise here is told.
-    assert left_out(found) == {
-        "datasets.2.train_on_split",
-        "micro_batch_size",
-        "model_type",
-        "training.optim",
-        "flash_attention",
-    }
+    assert left_out(found) == {"datasets.2.train_on_split", "micro_batch_size", "training.optim"}
+    assert set(map(dotted, found.unneeded)) == {"model_type", "flash_attention"}
     (batch,) = (problem for problem in found.left_out if problem.key == ("micro_batch_size",))
     assert "2 a device x 4 steps is a global batch of 8" in str(batch)
 
@@ -212,6 +208,51 @@ def test_trls_script(tmp_path: Path) -> None:
     assert found.recipe["training"]["global_batch_size"] == 16
     lora = translated(tmp_path, SFT + "use_peft: true\nlora_r: 4\n")
     assert lora.recipe["method"] == {"type": "lora", "rank": 4}
+
+
+AXOLOTL_CHAT = """
+base_model: org/model
+datasets:
+  - {path: a.jsonl, type: chat_template, roles_to_train: [assistant], train_on_eos: turn}
+  - {path: b.jsonl, type: chat_template, roles_to_train: [assistant, user]}
+chat_template: tokenizer_default
+special_tokens: {pad_token: "<|end|>", bos_token: "<s>"}
+lora_model_dir:
+eval_strategy: steps
+eval_steps: 10
+"""
+
+
+def test_what_happens_anyway_is_told_apart_from_what_is_lost(tmp_path: Path) -> None:
+    found = translated(tmp_path, AXOLOTL_CHAT)
+    assert left_out(found) == {"datasets.1.roles_to_train", "special_tokens"}
+    assert {dotted(key) for key in found.unneeded} == {
+        "datasets.0.roles_to_train",
+        "datasets.0.train_on_eos",
+        "chat_template",
+        "special_tokens.pad_token",
+        "eval_strategy",
+    }
+    assert "model" not in found.recipe
+    assert found.recipe["method"] == {"type": "full"}
+
+
+def test_templates_that_we_have_are_kept(tmp_path: Path) -> None:
+    def template(name: str) -> object:
+        found = translated(tmp_path, AXOLOTL_CHAT.replace("tokenizer_default", name))
+        assert ("chat_template" in left_out(found)) == ("model" not in found.recipe)
+        return found.recipe.get("model", {}).get("chat_template")
+
+    assert [template(name) for name in BUILT_IN] == list(BUILT_IN)
+    assert template("llama3") is None
+    assert template("mine.jinja") is None
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    assert template("mine.jinja") == "mine.jinja"
+
+
+def test_llama_factorys_rows_count_for_each_data_set(tmp_path: Path) -> None:
+    found = translated(tmp_path, FACTORY + "max_samples: 7\n")
+    assert [entry["max_samples"] for entry in found.recipe["data"]["train"]] == [7, 7]
 
 
 @pytest.mark.parametrize(
