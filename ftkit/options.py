@@ -37,7 +37,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="float32|bfloat16|float16",
-        help="Precision of the written weights; default as the base stores them. q8_0 for --format gguf.",
+        help="Precision of the written weights (f32, bf16, f16 too); default as the base stores them. q8_0 for gguf.",
     ),
 ]
 NumProcesses = Annotated[

@@ -29,7 +29,7 @@ def export(
     if format == "gguf" and dtype == Q8_0:
         write = partial(export_gguf, quantized=True)
     else:
-        result_dtype = as_dtype(dtype)
+        result_dtype = as_dtype(dtype, also=Q8_0 if format == "gguf" else None)
     found = find_target(target, offline=offline, trust_remote_code=trust_remote_code)
     if output is None and found.run is None:
         raise UserError(f"{target} belongs to no run", how="say where to write with --output DIR")

@@ -1,6 +1,7 @@
 """`ftkit init`: a first recipe, from somebody's data or from another tool's configuration."""
 
 import os
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def init(
     write_whole(output, text)
     console.line(f"written to {output}", style="bold")
     for verb in ("preview", "plan", "train"):
-        console.line(f"  ftkit {verb} {output}")
+        console.line(f"  ftkit {verb} {shlex.quote(str(output))}")
 
 
 def _from_data(source: str, output: Path, console: Console, model: str, method: str, options: dict[str, bool]) -> str:

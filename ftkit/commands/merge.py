@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ftkit.artifacts.restored import Restored
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHORT = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16", "fp16": "float16"}
+"""llama.cpp's and Accelerate's names for them."""
 
 
 def merge(
@@ -134,8 +136,11 @@ def _first(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def as_dtype(name: str | None) -> "torch.dtype | None":
+def as_dtype(name: str | None, *, also: str | None = None) -> "torch.dtype | None":
     """The torch dtype that --dtype names; None stays None.
+
+    Args:
+        also: a choice that the caller deals with itself, to be named beside the others.
 
     Raises:
         UserError: there is no such precision.
@@ -144,6 +149,8 @@ def as_dtype(name: str | None) -> "torch.dtype | None":
 
     if name is None:
         return None
+    name = SHORT.get(name, name)
     if name not in DTYPES:
-        raise UserError(f"unknown --dtype {name}", how=f"choose one of {', '.join(DTYPES)}")
+        choices = [*DTYPES, *([also] if also else [])]
+        raise UserError(f"unknown --dtype {name}", how=f"choose one of {', '.join(choices)}")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -140,7 +141,7 @@ def _instead_of(directory: Path) -> str:
         if (directory / inner / CONFIG_NAME).is_file():
             return f"did you mean {directory / inner}?"
     if (directory / "adapter" / ADAPTER_CONFIG_NAME).is_file():
-        return f"it is a run: `ftkit merge {directory}` makes a model of it"
+        return f"it is a run: `ftkit merge {shlex.quote(str(directory))}` makes a model of it"
     if ggufs := sorted(directory.glob("*.gguf")):
         return f"did you mean {ggufs[0]}?"
     return f"name a directory that holds {CONFIG_NAME} and {WEIGHTS_NAME}, or a hub id"

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         StorageError: the file cannot be read.
     """
     if path.suffix in DATA_SUFFIXES and path.is_file():
-        raise UserError("is data, not a recipe", how=f"make a recipe of it: ftkit init {path}", where=str(path))
+        raise UserError(
+            "is data, not a recipe", how=f"make a recipe of it: ftkit init {shlex.quote(str(path))}", where=str(path)
+        )
     raw, marks = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError(

@@ -21,7 +21,7 @@ def model(tmp_path_factory) -> Path:
     return save_convertible(tmp_path_factory.mktemp("gguf") / "tiny")
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(None, "bf16"), ("float16", "f16"), ("float32", "f32"), ("q8_0", "q8_0")])
+@pytest.mark.parametrize(("dtype", "kind"), [(None, "bf16"), ("f16", "f16"), ("float32", "f32"), ("q8_0", "q8_0")])
 def test_a_model_becomes_one_file_that_is_read_back(dtype, kind, model, tmp_path, capsys):
     export(str(model), format="gguf", output=tmp_path / "out", dtype=dtype)
     (file,) = (tmp_path / "out").iterdir()
@@ -32,6 +32,13 @@ def test_a_model_becomes_one_file_that_is_read_back(dtype, kind, model, tmp_path
     assert kinds == {kind.upper()}
     assert reader.fields["tokenizer.chat_template"].contents() == CHATML
     check_gguf(file, model, kind)
+
+
+def test_an_unknown_precision_is_told_what_there_is(model):
+    with pytest.raises(UserError, match="unknown --dtype q4_k; choose one of float32, bfloat16, float16, q8_0"):
+        export(str(model), format="gguf", dtype="q4_k")
+    with pytest.raises(UserError, match=r"unknown --dtype q8_0; choose one of float32, bfloat16, float16$"):
+        export(str(model), format="hf", dtype="q8_0")
 
 
 def test_what_exists_is_kept(model, tmp_path):

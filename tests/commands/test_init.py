@@ -1,6 +1,7 @@
 """`ftkit init`: recipes from data and from configurations, which train as they stand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +141,11 @@ def test_a_configuration_becomes_a_recipe_that_trains(place, capsys):
     assert (recipe.base_model, recipe.data.train[0].path) == ("../base", "../rows.jsonl")
     train(place / "configs" / "recipe.yaml", [f"output_dir={place / 'run'}"])
     assert len(losses(place / "run")) == 2
+
+
+def test_printed_commands_can_be_pasted(place, capsys):
+    init("rows.jsonl", model="base", output=Path("my recipe.yaml"))
+    assert "  ftkit train 'my recipe.yaml'\n" in capsys.readouterr().out
 
 
 def test_nothing_is_overwritten_unasked(place):
