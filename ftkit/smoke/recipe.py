@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,9 @@ def check_output(pattern: str, *, name: str, method: str) -> Path:
         UserError: a file is in the way.
         StorageError: nothing can be written there.
     """
-    path = Path(fill_output(pattern, name=name, method=method).replace("{n}", "1")).absolute()
+    text = fill_output(pattern, name=name, method=method)
+    places = (Path(text.replace("{n}", str(number))).absolute() for number in count(1))
+    path = next(place for place in places if "{n}" not in text or not place.exists())
     try:
         there = next(parent for parent in (path, *path.parents) if parent.exists())
         if not there.is_dir():
