@@ -51,7 +51,9 @@ def seconds_of(prepared: Prepared, estimator: Estimator, model: ModelEstimate, f
     except Exception:
         return None
     steps = of_optimizer * model.trainable_parameters * len(prepared.plan.steps)
-    return flops / per_second / estimator.place.processes + steps
+    # On a CPU the processes share the cores, all of which were timed.
+    together = estimator.place.processes if estimator.place.device.type == "cuda" else 1
+    return flops / per_second / together + steps
 
 
 def _measure(prepared: Prepared, estimator: Estimator, model: ModelEstimate) -> tuple[float, float]:

@@ -323,7 +323,8 @@ def _fail(error: FtkitError) -> int:
     for problem in error.problems:
         print(f"ftkit: error: {problem}", file=sys.stderr)
     for line in annotations(error.problems):
-        print(line)
+        # The runner reads both streams; this one is not what a caller parses.
+        print(line, file=sys.stderr)
     if error.last_line is not None:
         print(error.last_line)
     sys.stdout.flush()

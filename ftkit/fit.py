@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from ftkit.console import human_bytes
+from ftkit.containers import free_in_containers
 from ftkit.data.batches import collate
 from ftkit.distributed import World
 from ftkit.errors import OutOfMemoryError
@@ -34,11 +34,6 @@ TRIED = 0.85
 """Share of what the step was planned to take that a change has to fit into, where that step ran out of memory."""
 SHORTEST = 256
 """Tokens of `data.max_length` below which shortening is no advice."""
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-"""Where Linux says what a container may use and uses, versions 2 and 1."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +59,7 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
     """
     if device.type == "cuda":
         return int(USABLE["cuda"] * torch.cuda.mem_get_info(device)[0])
-    available = int(psutil.virtual_memory().available)
-    for limit, usage in CGROUPS:
-        try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(usage).read_text()))
-        except (OSError, ValueError):
-            # No container, or "max".
-            continue
+    available = min([int(psutil.virtual_memory().available), *free_in_containers()])
     return int(USABLE["cpu"] * max(0, available) / processes)
 
 
@@ -131,9 +120,9 @@ def _changes(prepared: PreparedModel, *, shorter: bool) -> Iterator[tuple[str, P
         yield "model.quantization=nf4", _quantized(_with(prepared, training=open_budget))
     if recipe.method.type == "full":
         lora = _with(prepared, training=open_budget, method=LoraMethod(type="lora"))
-        yield "method={type: lora}", lora
+        yield "method.type=lora", lora
         if can_quantize:
-            yield "method={type: lora} and model.quantization=nf4", _quantized(lora)
+            yield "method.type=lora model.quantization=nf4", _quantized(lora)
     length = recipe.data.max_length
     if isinstance(prepared, Prepared):
         length = min(length, longest_document(prepared.plan))

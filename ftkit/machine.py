@@ -22,7 +22,7 @@ MEASURED_SECONDS = 2.5
 WIDTHS = {"cpu": 1536, "cuda": 8192}
 """Rows and columns of the square matrices that are multiplied."""
 EXTRAS = {
-    "gguf": ("gguf", "reads .gguf models"),
+    "gguf": ("gguf", "reads .gguf models, writes them with ftkit export --format gguf"),
     "gpu": ("bitsandbytes", "model.quantization: nf4"),
     "trackers": ("wandb", "training.report_to: [tensorboard, wandb]"),
 }

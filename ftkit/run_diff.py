@@ -11,12 +11,14 @@ from ftkit.errors import UserError
 from ftkit.figures import loss_figures
 from ftkit.models.files import hash_files
 from ftkit.recipe.marked_yaml import read_yaml
-from ftkit.runs import ENVIRONMENT, METRICS, RECIPE, VALIDATION, result_of
+from ftkit.runs import BUDGET, ENVIRONMENT, METRICS, RECIPE, VALIDATION, result_of
 
 PARTS = ("recipe", "data", "environment", "loss", "weights")
 _PLACES = ("output_dir", "training.report_to", "training.run_name", "training.project")
 """Keys of a recipe that say where, not what."""
 _ENVIRONMENT = ("python", "packages", "platform", "processor", "device", "processes", "threads", "precision")
+_CUT = ("packing", BUDGET)
+"""How micro-batches are cut and run: it changes the order of sums."""
 _DATA = ("data_fingerprint", "base_model.fingerprint")
 
 
@@ -44,6 +46,8 @@ def differences(first: Path, second: Path, *, tolerance: float = 0.0) -> list[Di
     for run in (first, second):
         if missing := [name for name in (RECIPE, ENVIRONMENT, METRICS) if not (run / name).is_file()]:
             raise UserError(f"{run} is not a run: it has no {missing[0]}", how="name the directories of two runs")
+        if not loss_figures(run / METRICS):
+            raise UserError(f"{run} has recorded no loss, so there is nothing to compare", how="train it first")
     found = [*_recipes(first, second), *_environments(first, second), *_losses(first, second, tolerance)]
     if tolerance == 0:
         found += _weights(first, second)
@@ -58,7 +62,7 @@ def _recipes(first: Path, second: Path) -> Iterator[Difference]:
 
 def _environments(first: Path, second: Path) -> Iterator[Difference]:
     mine, other = (dict(flat(_described(run))) for run in (first, second))
-    for part, names in (("data", _DATA), ("environment", _ENVIRONMENT)):
+    for part, names in (("data", _DATA), ("environment", (*_ENVIRONMENT, *_CUT))):
         kept = [{key: value for key, value in all_.items() if _is_of(key, names)} for all_ in (mine, other)]
         yield from _between(part, *kept)
     rows = [_held_back(run) for run in (first, second)]
@@ -103,6 +107,11 @@ def _weights(first: Path, second: Path) -> Iterator[Difference]:
     mine, other = (_hash_of_result(run) for run in (first, second))
     if mine != other:
         yield Difference("weights", result_of(first).name, mine, other)
+
+
+def has_weights(run: Path) -> bool:
+    """Whether a run has handed over weights that could be compared."""
+    return _hash_of_result(run) is not None
 
 
 def _hash_of_result(run: Path) -> str | None:

@@ -17,6 +17,7 @@ LAYERS = (
     "errors",
     "github",
     "console",
+    "containers",
     "distributed",
     "recipe",
     "launch",

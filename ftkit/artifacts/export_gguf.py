@@ -58,7 +58,7 @@ def export_gguf(
         source = directory / "model"
         export_hf(target, source, dtype=dtype)
         kind = Q8_0 if quantized else KINDS[dtype or _half(stored_dtype(source))]
-        file = directory / f"{(target.run or output).name}-{kind}.gguf"
+        file = directory / f"{(target.run or output).resolve().name}-{kind}.gguf"
         _convert(source, file, kind)
         if _tell_beginning(source, file):
             _convert(source, file, kind)

@@ -82,6 +82,8 @@ def _hindrance(target: Target, config: dict[str, object]) -> str | None:
     """Why a server that knows LoRA does not load the adapter, or would compute something else with it."""
     if config.get("peft_type") != LORA:
         return "it is no LoRA; peft does"
+    if int(str(config.get("r") or 0)) > max(VLLM_RANKS):
+        return f"its rank is above {max(VLLM_RANKS)}; a merged model has the update"
     if target.prompt is not None:
         return "it trained with the soft prompt in prompt/; only ftkit puts both together"
     if target.adapter is not None and (form := read_quantization(target.adapter)) is not None:
@@ -149,10 +151,13 @@ def _verify(target: Target, output: Path, url: str, *, exported: Path | None) ->
     """The comparison of what was trained with what is served, and with the files where these are not in the run."""
     label = _quoted(target.label)
     lines = [f"  ftkit verify {label} --endpoint {url}"]
+    own = target.adapter or target.tokenizer
+    # Of a checkpoint `verify` does not look for what was made.
+    is_result = target.run is not None and own is not None and own.resolve().parent == target.run.resolve()
     inside = target.run is not None and output.absolute() in [
         (target.run / name).absolute() for name in (MERGED, EXPORT)
     ]
-    if inside:
+    if inside and is_result:
         return [f"  ftkit verify {label}", *lines]
     return ([f"  ftkit verify {label} --exported {_quoted(exported)}"] if exported is not None else []) + lines
 

@@ -42,13 +42,16 @@ def diff(run: Path, other: Path, *, tolerance: float = 0.0, ignore: Sequence[str
 
 
 def _print(console: Console, found: "Sequence[Difference]", compared: Sequence[str], labels: tuple[str, str]) -> None:
+    from ftkit.run_diff import has_weights
+
     table = make_table("", [("part", "left"), ("what", "left"), *((label, "left") for label in labels), ("", "left")])
     for part in compared:
         own = [one for one in found if one.part == part]
         for one in own:
             table.add_row(part, one.what, _shown(one.first), _shown(one.second), one.note)
         if not own:
-            table.add_row(part, "the same", "", "", "")
+            nothing = part == "weights" and not has_weights(Path(labels[0]))
+            table.add_row(part, "neither run has a result" if nothing else "the same", "", "", "")
     console.table(table)
 
 

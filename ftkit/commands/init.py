@@ -1,5 +1,6 @@
 """`ftkit init`: a first recipe, from somebody's data or from another tool's configuration."""
 
+import glob
 import os
 import shlex
 import textwrap
@@ -86,17 +87,17 @@ def _from_configuration(path: Path, output: Path, console: Console, *, model: st
 
     found = translate(path)
     values = found.recipe
-    if model is not None:
-        values["base_model"] = model
-    if method is not None:
-        values["method"] = {"type": method}
+    dropped = _replace(values, model=model, method=method)
     directory = output.absolute().parent
     _move_paths(values, path.absolute().parent, directory)
-    notes = [f"{dotted(problem.key)}: {problem.what}; {problem.how}" for problem in found.left_out]
+    notes = [f"{dotted(problem.key)}: {problem.what}; {problem.how}" for problem in found.left_out] + dropped
     console.line(f"{path} is a configuration of {found.tool}")
     for note in notes:
         console.line(f"left out   {note}")
     unneeded = ", ".join(map(dotted, found.unneeded))
+    defaults = ", ".join(f"{key} {value}" for key, value in found.defaults.items())
+    if defaults:
+        console.line(f"defaults   {defaults}: what {found.tool} does where it is told nothing")
     if unneeded:
         console.line(f"not needed {unneeded}")
     head = [f"# Made by `ftkit init` from {path.name}, a configuration of {found.tool}."]
@@ -108,6 +109,33 @@ def _from_configuration(path: Path, output: Path, console: Console, *, model: st
     ordered = {key: values[key] for key in order if values.get(key) not in (None, {})}
     body = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=110)
     return "\n".join(head) + "\n\n" + body
+
+
+def _replace(values: dict[str, Any], *, model: str | None, method: str | None) -> list[str]:
+    """Put another base or method into a recipe, and take out what belonged to the old one; what that was.
+
+    Raises:
+        UserError: the rest does not go with it.
+    """
+    from ftkit.recipe.checks import check
+    from ftkit.recipe.problems import validate
+
+    gone: list[tuple[str, str]] = []
+    if model is not None and model != values["base_model"]:
+        values["base_model"] = model
+        gone += [("model", name) for name in ("revision", "tokenizer")]
+    if method is not None and method != values["method"]["type"]:
+        values["method"] = {"type": method}
+        gone += [("training", "learning_rate")] + ([("model", "quantization")] if method == "full" else [])
+    notes = []
+    for section, name in gone:
+        if values.get(section, {}).pop(name, None) is not None:
+            notes.append(f"{section}.{name}: belonged to what the command line replaced; set it anew where you need it")
+    recipe, problems = validate({key: value for key, value in values.items() if value != {}})
+    problems = check(recipe) if recipe is not None else problems
+    if problems:
+        raise UserError(problems[0].what, how=problems[0].how, key=problems[0].key)
+    return notes
 
 
 def _move_paths(values: dict[str, Any], there: Path, here: Path) -> None:
@@ -128,4 +156,5 @@ def _move_paths(values: dict[str, Any], there: Path, here: Path) -> None:
 def _seen_from(directory: Path, text: str) -> str:
     """A path that exists, relative to `directory` where it lies below or beside it; anything else as it is."""
     path = Path(text).expanduser()
-    return text if path.is_absolute() or not path.exists() else os.path.relpath(path.absolute(), directory)
+    there = path.exists() or (glob.has_magic(text) and any(glob.iglob(str(path), recursive=True)))
+    return text if path.is_absolute() or not there else os.path.relpath(path.absolute(), directory)

@@ -48,12 +48,13 @@ def smoke(
     if model is not None:
         # Before huggingface_hub and datasets, which read it when they are imported.
         os.environ["HF_HUB_OFFLINE"] = "1"
-    loaded = load_recipe(recipe, overrides)
+    from ftkit.failures import known_failure
     from ftkit.smoke.report import SmokeReport
 
     report, console = SmokeReport(), Console()
     options = Options(offline=offline or model is not None, trust_remote_code=trust_remote_code)
     try:
+        loaded = load_recipe(recipe, overrides)
         with _workplace() as work:
             try:
                 _try(loaded, options, model, work, report, console)
@@ -64,7 +65,11 @@ def smoke(
         error.last_line = report.line(error)
         raise
     except BaseException as error:
+        known = known_failure(error, ()) if isinstance(error, OSError | MemoryError | RuntimeError) else None
         console.table(report.table())
+        if known is not None:
+            known.last_line = report.line(known)
+            raise known from error
         sys.stdout.write(report.line(error) + "\n")
         raise
     console.table(report.table())

@@ -62,7 +62,12 @@ def train(
     if dry_run:
         from ftkit.commands.plan import plan
 
-        plan(recipe, overrides, offline=offline, trust_remote_code=trust_remote_code)
+        if resume or checkpoint or launch_config:
+            given = "--resume" if resume else "--from" if checkpoint else "--launch-config"
+            raise UserError(
+                f"--dry-run plans a run from its first step, and {given} says otherwise", how="leave one out"
+            )
+        plan(recipe, overrides, num_processes=num_processes, offline=offline, trust_remote_code=trust_remote_code)
         return
     from ftkit.training.trackers import check_installed
 
@@ -255,7 +260,10 @@ def _write_records(
     recipe = resolve(loaded)
     # A hub model is pinned, so that this file repeats the run after the branch has moved on.
     pinned = recipe.model.model_copy(update={"revision": prepared.base.revision})
-    recipe = recipe.model_copy(update={"model": pinned})
+    # So is how micro-batches are cut: sums in another order differ in their last bits.
+    budget = built.layout.budget
+    cut = {"max_tokens_per_device": budget.max_tokens, "gradient_checkpointing": budget.checkpointing}
+    recipe = recipe.model_copy(update={"model": pinned, "training": recipe.training.model_copy(update=cut)})
     write_whole(run / RECIPE, dump_recipe(recipe))
     write_json(run / VALIDATION, prepared.plan.validation_rows)
     write_json(
@@ -264,5 +272,5 @@ def _write_records(
         | {"seed": prepared.recipe.seed, DATA: prepared.plan.fingerprint}
         | {STEPS: len(prepared.plan.steps)}
         | {BASE: asdict(built.identity), "precision": built.precision, "packing": built.layout.isolation.reason}
-        | {BUDGET: asdict(built.layout.budget)},
+        | {BUDGET: asdict(budget)},
     )

@@ -16,7 +16,7 @@ from ftkit.recipe.checks import check
 from ftkit.recipe.marked_yaml import read_yaml
 from ftkit.recipe.names import convert_values, is_harmless, move_aliases
 from ftkit.recipe.problems import validate
-from ftkit.recipe.translate_settings import carry_template, drop_what_happens_anyway
+from ftkit.recipe.translate_settings import carry_template, drop_what_happens_anyway, fill_defaults
 
 MISSING: Any = object()
 AXOLOTL, LLAMA_FACTORY, TRL = "axolotl", "LLaMA-Factory", "TRL"
@@ -30,7 +30,10 @@ _FACTORY_COLUMNS = {
     "messages": "conversations",
     "system": "system",
     "tools": "tools",
+    "history": "history",
 }
+_FACTORY_LOST = ("tags", "ranking", "script_url", "ms_hub_url", "om_hub_url", "folder")
+"""Keys of an entry in dataset_info.json that we have nothing for."""
 _KEPT = {"path", "format", "split", "subset", "columns", "max_samples", "name", "weight", "type"}
 _KEPT |= {"field_messages", "field_instruction", "field_input", "field_output"}
 """Keys of a data set in axolotl's list that recipes have, or know as other names of theirs."""
@@ -51,6 +54,8 @@ class Translated:
     """Keys that could not be carried over: which, why, and what to do."""
     unneeded: tuple[KeyPath, ...]
     """Keys that ask for what happens here anyway, or for speed alone."""
+    defaults: dict[str, Any]
+    """Keys of the recipe of which the configuration says nothing, with the tool's own defaults."""
 
 
 def translate(path: Path) -> Translated:
@@ -88,7 +93,8 @@ def translate(path: Path) -> Translated:
         raise UserError(what, how="see recipes/ for one to start from", where=str(path))
     unneeded += [problem.key for problem in left if is_harmless(problem.key)]
     left = [problem for problem in left if not is_harmless(problem.key)]
-    return Translated(tool, _without_none(recipe), tuple(left), tuple(unneeded))
+    recipe = _without_none(recipe)
+    return Translated(tool, recipe, tuple(left), tuple(unneeded), fill_defaults(recipe, tool))
 
 
 def _tool(raw: Mapping[str, Any]) -> str:
@@ -164,8 +170,10 @@ def _factory_dataset(name: str, directory: Path, path: Path, left: list[Problem]
         found["format"] = form
     if columns:
         found["columns"] = columns
-    for key in info.keys() & {"tags", "ranking", "script_url"}:
-        left.append(_not(("dataset_info.json", name, key), "has no counterpart", "see `columns` in the README"))
+    lost: list[KeyPath] = [(key,) for key in _FACTORY_LOST if info.get(key)]
+    lost += [("columns", key) for key in info.get("columns", {}) if key not in _FACTORY_COLUMNS]
+    for key in lost:
+        left.append(_not(("dataset_info.json", name, *key), "has no counterpart", "see `columns` in the README"))
     return found
 
 
@@ -193,11 +201,16 @@ def _batch(raw: dict[str, Any], left: list[Problem]) -> None:
 def _often(raw: dict[str, Any]) -> None:
     """Evaluations and checkpoints an epoch, as shares of the run."""
     epochs = raw.get("num_epochs", raw.get("num_train_epochs", 1))
+    often: dict[str, float] = {}
     for theirs, ours in {"evals_per_epoch": "eval_steps", "saves_per_epoch": "save_steps"}.items():
         number = raw.pop(theirs, None)
         # Once in the whole run is its end, where both happen anyway.
         if isinstance(number, int | float) and isinstance(epochs, int | float) and number * epochs > 1:
+            often[ours] = number
             raw.setdefault("training", {})[ours] = round(1 / (number * epochs), 4)
+    if len(often) == 2 and (times := often["eval_steps"] / often["save_steps"]) == int(times):
+        # Exactly so many evaluations, whatever was rounded.
+        raw["training"]["save_steps"] = round(raw["training"]["eval_steps"] * times, 8)
 
 
 def _trackers(raw: dict[str, Any], left: list[Problem]) -> None:

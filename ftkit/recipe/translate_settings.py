@@ -12,6 +12,46 @@ TEMPLATES = ("chatml", "plain")
 """Built in; `ftkit/data/template_choice.py` has their texts."""
 
 
+_OF_TRAINER = {
+    "data.val_size": 0,
+    "training.num_train_epochs": 3,
+    "training.global_batch_size": 8,
+    "training.lr_scheduler_type": "linear",
+    "training.warmup_steps": 0,
+}
+"""Of transformers' Trainer, which two of the tools train with."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "axolotl": {"data.val_size": 0, "data.max_length": 512, "training.num_train_epochs": 1},
+    "LLaMA-Factory": {**_OF_TRAINER, "data.max_length": 2048, "training.learning_rate": 5e-5},
+    "TRL": {**_OF_TRAINER, "data.max_length": 1024, "training.learning_rate": 2e-5},
+}
+"""Tool -> our key -> its default, where ours is another."""
+LORA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LLaMA-Factory": {"method.rank": 8, "method.targets": "all-linear"},
+    "TRL": {"method.rank": 16, "method.alpha": 32, "method.dropout": 0.05},
+}
+
+
+def fill_defaults(recipe: dict[str, Any], tool: str) -> dict[str, Any]:
+    """Write what the tool does where its configuration says nothing into the recipe; our dotted keys -> values."""
+    wanted = dict(DEFAULTS[tool])
+    if recipe["method"]["type"] == "lora":
+        wanted |= LORA_DEFAULTS.get(tool, {})
+        if tool == "LLaMA-Factory":
+            wanted["method.alpha"] = 2 * recipe["method"].get("rank", wanted["method.rank"])
+    if recipe.get("training", {}).get("max_steps") is not None:
+        wanted.pop("training.num_train_epochs")
+    if recipe.get("data", {}).get("eval"):
+        wanted.pop("data.val_size")
+    filled = {}
+    for key, value in wanted.items():
+        section, _, name = key.partition(".")
+        values = recipe.setdefault(section, {})
+        if values.get(name) is None:
+            filled[key] = values[name] = value
+    return filled
+
+
 def drop_what_happens_anyway(raw: dict[str, Any]) -> list[KeyPath]:
     """Take out of a configuration what has the value that is ours; the keys."""
     dropped: list[KeyPath] = []

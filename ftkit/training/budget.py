@@ -83,7 +83,12 @@ def fullest_batch(
 def accumulates(plan: Plan, *, world_size: int, max_tokens: int, packed: bool, before_each: int = 0) -> bool:
     """Whether a step of the plan has several micro-batches on a device: gradients then lie beside activations."""
     fullest = _fullest_steps(plan)
-    others = set(range(len(plan.steps))).difference(fullest)
+    lengths = plan.examples.num_tokens[plan.steps.order]
+    # Of all others only those that are too large for one micro-batch are worth dealing.
+    each = plan.steps.sums(np.ones_like(plan.examples.num_tokens))
+    longest = int(lengths.max()) + before_each
+    bound = plan.steps.sums(plan.examples.num_tokens) + before_each * each if packed else each * longest
+    others = set(np.flatnonzero(bound > max_tokens).tolist()).difference(fullest)
     return any(
         len(
             plan.micro_batches(

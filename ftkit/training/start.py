@@ -24,6 +24,9 @@ from ftkit.training.optim import every, learning_rate, warmup_steps
 from ftkit.training.prepare import Prepared
 from ftkit.training.state import LoopState
 
+CUT = ("max_tokens_per_device", "gradient_checkpointing")
+"""Keys of `training` that a run settles where they are `auto`."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -106,6 +109,10 @@ def agrees(run: Path, recipe: Recipe, *, steps: int) -> bool:
     if recipe.model.revision is None:
         # A run's own recipe is pinned to the commit that it found.
         theirs = theirs.model_copy(update={"model": theirs.model.model_copy(update={"revision": None})})
+    # Likewise to how its micro-batches were cut.
+    left_open = [name for name in CUT if getattr(recipe.training, name) == "auto"]
+    training = theirs.training.model_copy(update=dict.fromkeys(left_open, "auto"))
+    theirs = theirs.model_copy(update={"training": training})
     if _without_length(theirs) != _without_length(recipe):
         return False
     before = planned_steps(run)

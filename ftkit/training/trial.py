@@ -1,5 +1,6 @@
 """One step that is made only to see whether it fits into a GPU, and leaves everything as it was."""
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from ftkit.data.batches import Batch
 from ftkit.distributed import World
 
+_OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED")
 MOMENTS = 2
 """float32 tensors that AdamW keeps of each trained parameter."""
 
@@ -43,6 +45,9 @@ def _runs(root: nn.Module, batch: Batch, trained: list[nn.Parameter], world: Wor
             for _ in range(times):
                 root(batch).loss.backward()
         del state
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # Libraries beside torch's allocator have words of their own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+            raise
         return False
     return True

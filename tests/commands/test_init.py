@@ -143,6 +143,26 @@ def test_a_configuration_becomes_a_recipe_that_trains(place, capsys):
     assert len(losses(place / "run")) == 2
 
 
+def test_another_method_or_base_takes_what_belonged_to_the_old_one_along(place, capsys):
+    (place / "axolotl.yaml").write_text(
+        "base_model: org/old\nrevision_of_model: abc\ndatasets: [{path: rows.jsonl, type: alpaca}]\nadapter: qlora\n"
+        "lora_r: 4\nlearning_rate: 0.0002\nnum_epochs: 1\nmax_steps: 2\nsequence_len: 128\n"
+    )
+    init("axolotl.yaml", model="base", method="full")
+    recipe = load_recipe(place / "recipe.yaml").recipe
+    assert (recipe.model.quantization, recipe.model.revision, recipe.method.type) == (None, None, "full")
+    shown = capsys.readouterr().out
+    for key in ("model.revision", "model.quantization", "training.learning_rate"):
+        assert f"left out   {key}: belonged to what the command line replaced" in shown
+    train(place / "recipe.yaml", [])
+
+
+def test_a_glob_starts_from_where_it_was_written(place):
+    (place / "conf").mkdir()
+    init("rows*.jsonl", model="base", output=place / "conf" / "recipe.yaml")
+    assert load_recipe(place / "conf" / "recipe.yaml").recipe.data.train[0].path == "../rows*.jsonl"
+
+
 def test_printed_commands_can_be_pasted(place, capsys):
     init("rows.jsonl", model="base", output=Path("my recipe.yaml"))
     assert "  ftkit train 'my recipe.yaml'\n" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Configurations of axolotl, LLaMA-Factory and TRL, in their own words, against the recipe that each means."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ftkit.data.template_texts import BUILT_IN
 from ftkit.errors import UserError, dotted
 from ftkit.recipe.load import load_recipe
 from ftkit.recipe.translate import AXOLOTL, LLAMA_FACTORY, TRL, Translated, translate
+from ftkit.recipe.translate_settings import DEFAULTS, LORA_DEFAULTS
 from tests.recipe.other_tools import rows
 
 QLORA = """
@@ -170,10 +172,23 @@ def test_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
             {"path": "org/talks", "format": "sharegpt", "columns": {"conversations": "dialog"}},
         ],
         "max_length": 2048,
+        "val_size": 0,
     }
-    assert found.recipe["method"] == {"type": "lora", "rank": 8, "targets": "all-linear"}
+    assert found.recipe["method"] == {"type": "lora", "rank": 8, "alpha": 16, "targets": "all-linear"}
     assert found.recipe["model"] == {"dtype": "bfloat16"}
-    assert found.recipe["training"] == {"global_batch_size": 8, "learning_rate": 1e-4, "num_train_epochs": 3}
+    assert found.recipe["training"] == {
+        "global_batch_size": 8,
+        "learning_rate": 1e-4,
+        "num_train_epochs": 3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+    }
+    assert found.defaults == {
+        "data.val_size": 0,
+        "training.lr_scheduler_type": "linear",
+        "training.warmup_steps": 0,
+        "method.alpha": 16,
+    }
     assert left_out(found) == {"per_device_train_batch_size", "template", "overwrite_output_dir"}
 
 
@@ -207,7 +222,38 @@ def test_trls_script(tmp_path: Path) -> None:
     assert found.recipe["method"] == {"type": "full"}
     assert found.recipe["training"]["global_batch_size"] == 16
     lora = translated(tmp_path, SFT + "use_peft: true\nlora_r: 4\n")
-    assert lora.recipe["method"] == {"type": "lora", "rank": 4}
+    assert lora.recipe["method"] == {"type": "lora", "rank": 4, "alpha": 32, "dropout": 0.05}
+
+
+def test_trls_defaults_are_trls() -> None:
+    from trl import ModelConfig, SFTConfig
+
+    ours = {**DEFAULTS[TRL], **LORA_DEFAULTS[TRL]}
+    theirs = {one.name: one.default for config in (SFTConfig, ModelConfig) for one in fields(config)}
+    names = {"method.rank": "lora_r", "method.alpha": "lora_alpha", "method.dropout": "lora_dropout"}
+    names["training.global_batch_size"] = "per_device_train_batch_size"
+    assert theirs["eval_strategy"] == "no"
+    del ours["data.val_size"]
+    assert ours == {key: theirs[names.get(key, key.partition(".")[2])] for key in ours}
+
+
+def test_evaluations_and_checkpoints_stay_multiples_of_each_other(tmp_path: Path) -> None:
+    text = "base_model: org/model\ndatasets: [{path: a.jsonl, type: alpaca}]\nval_set_size: 0.1\n"
+    found = translated(tmp_path, text + "num_epochs: 3\nevals_per_epoch: 4\nsaves_per_epoch: 1\n")
+    assert found.recipe["training"]["eval_steps"] == 0.0833
+    assert found.recipe["training"]["save_steps"] == 4 * 0.0833
+    assert left_out(found) == set()
+
+
+def test_columns_of_dataset_info_that_we_have_not_are_told(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    columns = {"history": "past", "images": "pictures"}
+    info = {"mine": {"file_name": "a.json", "columns": columns}, "talks": {"ms_hub_url": "org/talks"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    found = translated(tmp_path, FACTORY)
+    assert found.recipe["data"]["train"][0]["columns"] == {"history": "past"}
+    lost = {"dataset_info.json.mine.columns.images", "dataset_info.json.talks.ms_hub_url"}
+    assert lost <= left_out(found)
 
 
 AXOLOTL_CHAT = """
