@@ -232,7 +232,9 @@ def settle_by_trial(built: Built, prepared: Prepared, world: World) -> Built:
         batch = collate(examples, packed=feed.packed, pad_id=pad_id(prepared.tokenizer), prompt_ids=before)
         adds = world.size > 1 or accumulates(prepared.plan, **dealt)
         parameters = built.loop.parameters.values()
-        if step_fits(built.loop.objective, batch.to(world.device), parameters, world, accumulates=adds):
+        known = [parameter for parameter in parameters if parameter in built.loop.optimizer.state]
+        on_device = batch.to(world.device)
+        if step_fits(built.loop.objective, on_device, parameters, world, accumulates=adds, with_moments=known):
             break
         smaller = next(rest, None)
         if smaller is None:

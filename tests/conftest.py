@@ -12,6 +12,10 @@ os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-tests-")
 atexit.register(shutil.rmtree, os.environ["FTKIT_CACHE"], ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Under GitHub Actions the command line annotates what it prints; tests of that set these themselves.
+for _name in [name for name in os.environ if name.startswith("GITHUB_")]:
+    del os.environ[_name]
+
 import pytest  # noqa: E402
 
 from tests.gpu import has_gpu  # noqa: E402

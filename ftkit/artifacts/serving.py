@@ -52,7 +52,8 @@ def after_model(target: Target | None, output: Path) -> list[str]:
     code = f"from transformers import pipeline; print(pipeline('text-generation', {str(output)!r})({question}))"
     evaluate = [f"  ftkit eval {_quoted(output)}"] if _held_rows_back(target, output) else []
     verify = _verify(target, output, VLLM_URL, exported=output) if has_template else []
-    return [*evaluate, f"  vllm serve {_quoted(output)}", *verify, _python(code)]
+    remote = " --trust-remote-code" if target.model.trust_remote_code else ""
+    return [*evaluate, f"  vllm serve {_quoted(output)}{remote}", *verify, _python(code)]
 
 
 def _after_adapter(target: Target, output: Path) -> list[str]:
@@ -73,6 +74,8 @@ def _after_adapter(target: Target, output: Path) -> list[str]:
     serve = ["vllm serve", _quoted(base), "--enable-lora", f"--max-lora-rank {_served_rank(config)}"]
     if config.get("revision"):
         serve.append(f"--revision {config['revision']}")
+    if target.model.trust_remote_code:
+        serve.append("--trust-remote-code")
     serve += [f"--lora-modules tuned={_quoted(output)}", *_unlike_base(target, output)]
     verify = _verify(target, output, VLLM_URL, exported=None) if _has_template(target) else []
     return [f"  {' '.join(serve)}", *verify, *peft]
@@ -150,7 +153,8 @@ def _held_rows_back(target: Target, output: Path) -> bool:
 def _verify(target: Target, output: Path, url: str, *, exported: Path | None) -> list[str]:
     """The comparison of what was trained with what is served, and with the files where these are not in the run."""
     label = _quoted(target.label)
-    lines = [f"  ftkit verify {label} --endpoint {url}"]
+    code = " --trust-remote-code" if target.model.trust_remote_code else ""
+    lines = [f"  ftkit verify {label} --endpoint {url}{code}"]
     own = target.adapter or target.tokenizer
     # Of a checkpoint `verify` does not look for what was made.
     is_result = target.run is not None and own is not None and own.resolve().parent == target.run.resolve()
@@ -158,8 +162,10 @@ def _verify(target: Target, output: Path, url: str, *, exported: Path | None) ->
         (target.run / name).absolute() for name in (MERGED, EXPORT)
     ]
     if inside and is_result:
-        return [f"  ftkit verify {label}", *lines]
-    return ([f"  ftkit verify {label} --exported {_quoted(exported)}"] if exported is not None else []) + lines
+        return [f"  ftkit verify {label}{code}", *lines]
+    # What is compared with itself says nothing.
+    other = exported is not None and exported.absolute() != Path(target.label).absolute()
+    return ([f"  ftkit verify {label} --exported {_quoted(str(exported))}{code}"] if other else []) + lines
 
 
 def _arguments(base: str, config: dict[str, object]) -> str:

@@ -16,7 +16,7 @@ from ftkit.recipe.checks import check
 from ftkit.recipe.marked_yaml import read_yaml
 from ftkit.recipe.names import convert_values, is_harmless, move_aliases
 from ftkit.recipe.problems import validate
-from ftkit.recipe.translate_settings import carry_template, drop_what_happens_anyway, fill_defaults
+from ftkit.recipe.translate_settings import DEFAULTS, carry_template, drop_what_happens_anyway, fill_defaults
 
 MISSING: Any = object()
 AXOLOTL, LLAMA_FACTORY, TRL = "axolotl", "LLaMA-Factory", "TRL"
@@ -30,7 +30,6 @@ _FACTORY_COLUMNS = {
     "messages": "conversations",
     "system": "system",
     "tools": "tools",
-    "history": "history",
 }
 _FACTORY_LOST = ("tags", "ranking", "script_url", "ms_hub_url", "om_hub_url", "folder")
 """Keys of an entry in dataset_info.json that we have nothing for."""
@@ -68,12 +67,14 @@ def translate(path: Path) -> Translated:
     raw, _ = read_yaml(path)
     if not isinstance(raw, dict):
         raise UserError("a configuration is a mapping of keys", how="name a YAML file", where=str(path))
+    # What has no value there is switched off, and in the way of nothing.
+    raw = {key: value for key, value in raw.items() if value is not None}
     left: list[Problem] = []
     tool = _tool(raw)
     unneeded = drop_what_happens_anyway(raw)
     carry_template(raw, path.parent, left)
     datasets = _datasets(raw, tool, path, left)
-    _batch(raw, left)
+    _batch(raw, tool, left)
     _method(raw, tool)
     _often(raw)
     _trackers(raw, left)
@@ -94,6 +95,9 @@ def translate(path: Path) -> Translated:
     unneeded += [problem.key for problem in left if is_harmless(problem.key)]
     left = [problem for problem in left if not is_harmless(problem.key)]
     recipe = _without_none(recipe)
+    if tool == TRL and recipe["method"]["type"] == "lora" and "targets" not in recipe["method"]:
+        what = "not given, so peft chooses by architecture (q_proj and v_proj for most); here all linear layers train"
+        left.append(_not(("lora_target_modules",), what, "set method.targets to train the same"))
     return Translated(tool, recipe, tuple(left), tuple(unneeded), fill_defaults(recipe, tool))
 
 
@@ -171,7 +175,9 @@ def _factory_dataset(name: str, directory: Path, path: Path, left: list[Problem]
     if columns:
         found["columns"] = columns
     lost: list[KeyPath] = [(key,) for key in _FACTORY_LOST if info.get(key)]
-    lost += [("columns", key) for key in info.get("columns", {}) if key not in _FACTORY_COLUMNS]
+    # A column that is called history is found without being told.
+    named = {key: value for key, value in info.get("columns", {}).items() if (key, value) != ("history", "history")}
+    lost += [("columns", key) for key in named if key not in _FACTORY_COLUMNS]
     for key in lost:
         left.append(_not(("dataset_info.json", name, *key), "has no counterpart", "see `columns` in the README"))
     return found
@@ -185,10 +191,12 @@ def _read_info(file: Path) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def _batch(raw: dict[str, Any], left: list[Problem]) -> None:
+def _batch(raw: dict[str, Any], tool: str, left: list[Problem]) -> None:
     """Per device times accumulation steps, for one device."""
-    name = next((name for name in _BATCHES if isinstance(raw.get(name), int)), None)
     steps = raw.get("gradient_accumulation_steps") or 1
+    if "gradient_accumulation_steps" in raw and not raw.keys() & set(_BATCHES):
+        raw[_BATCHES[0]] = 1 if tool == AXOLOTL else DEFAULTS[tool]["training.global_batch_size"]
+    name = next((name for name in _BATCHES if isinstance(raw.get(name), int)), None)
     if name is None or not isinstance(steps, int):
         return  # What is there is told as any other key that recipes have not.
     each = raw.pop(name)
@@ -200,6 +208,8 @@ def _batch(raw: dict[str, Any], left: list[Problem]) -> None:
 
 def _often(raw: dict[str, Any]) -> None:
     """Evaluations and checkpoints an epoch, as shares of the run."""
+    if isinstance(raw.get("max_steps"), int) and {"evals_per_epoch", "saves_per_epoch"} & raw.keys():
+        return  # How many epochs that is depends on the data.
     epochs = raw.get("num_epochs", raw.get("num_train_epochs", 1))
     often: dict[str, float] = {}
     for theirs, ours in {"evals_per_epoch": "eval_steps", "saves_per_epoch": "save_steps"}.items():

@@ -80,6 +80,8 @@ def check_resumed(before: Finished, whole: Watch, after: Finished, resumed: Watc
         ("step", before.steps, after.steps),
         ("evaluation", before.evaluations, after.evaluations),
     ):
+        if len(one) != len(other):
+            raise CheckFailedError(f"the resumed run recorded {len(other)} {name}s, the other one {len(one)}")
         for left, right in zip(one, other, strict=True):
             if left != right:
                 differing = next(key for key in left if left[key] != right.get(key))

@@ -1,7 +1,7 @@
 """One step that is made only to see whether it fits into a GPU, and leaves everything as it was."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -15,11 +15,18 @@ MOMENTS = 2
 
 
 def step_fits(
-    root: nn.Module, batch: Batch, parameters: Iterable[nn.Parameter], world: World, *, accumulates: bool
+    root: nn.Module,
+    batch: Batch,
+    parameters: Iterable[nn.Parameter],
+    world: World,
+    *,
+    accumulates: bool,
+    with_moments: Collection[nn.Parameter] = (),
 ) -> bool:
     """Whether a micro-batch can be run beside the optimizer's state on every process. A collective.
 
-    With `accumulates` it is run twice, since the second one of a step adds to the gradients of the first.
+    Parameters `with_moments` have the optimizer's state already, as in a run that goes on; for the others it is made.
+    With `accumulates` the batch is run twice, since the second one of a step adds to the gradients of the first.
 
     Forward and backward without the optimizer's step or a synchronisation; gradients and random state are as before
     afterwards, but for those that a parameter had: none may be waiting.
@@ -27,7 +34,8 @@ def step_fits(
     trained = list(parameters)
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        failed = world.any(not _runs(root.train(), batch, trained, world, times=1 + accumulates))
+        without = [parameter for parameter in trained if parameter not in set(with_moments)]
+        failed = world.any(not _runs(root.train(), batch, without, world, times=1 + accumulates))
     for parameter in trained:
         parameter.grad = None
     if devices:
@@ -36,11 +44,11 @@ def step_fits(
     return not failed
 
 
-def _runs(root: nn.Module, batch: Batch, trained: list[nn.Parameter], world: World, *, times: int) -> bool:
+def _runs(root: nn.Module, batch: Batch, without: list[nn.Parameter], world: World, *, times: int) -> bool:
     """Without the error, whose traceback would keep every tensor of the attempt."""
     try:
-        # They stay from the first step on; a run that goes on has them already, and this counts them twice.
-        state = [torch.empty_like(p, dtype=torch.float32) for p in trained for _ in range(MOMENTS)]
+        # They stay from the first step on.
+        state = [torch.empty_like(p, dtype=torch.float32) for p in without for _ in range(MOMENTS)]
         with world.gradient_sync(root, sync=False):
             for _ in range(times):
                 root(batch).loss.backward()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.errors import UserError
-from ftkit.verification.client import Client, NotThereError
+from ftkit.verification.client import Client, NotThereError, RefusedError
 from ftkit.verification.conversations import Probe
 from ftkit.verification.sides import GGUF_KINDS, PRECISIONS, Answer
 
@@ -55,7 +55,10 @@ class _Server:
 
     def stops_at(self, token_id: int, probe: Probe, kwargs: Mapping[str, Any]) -> bool | None:
         """Whether an answer ends at the token, which is made the first one by its bias."""
-        answer = self._answer(probe, kwargs, max_tokens=FORCED_TOKENS, logit_bias={str(token_id): FORCE})
+        try:
+            answer = self._answer(probe, kwargs, max_tokens=FORCED_TOKENS, logit_bias={str(token_id): FORCE})
+        except RefusedError:
+            return None
         if answer.stopped:
             return True
         # Without ids, or with another first token, the bias may have been ignored.

@@ -130,3 +130,25 @@ def test_what_is_no_run_and_no_part(runs, tmp_path):
         diff(runs / "recipe-1", tmp_path)
     with pytest.raises(UserError, match="--ignore wieghts: there is no such part; choose one of recipe, data"):
         diff(runs / "recipe-1", runs / "recipe-2", ignore=["wieghts"])
+
+
+def test_how_micro_batches_are_cut_and_run_counts(pair, capsys):
+    edit(pair[1] / "environment.json", lambda values: values["micro_batch"].update(max_tokens=64))
+    edit(pair[1] / "environment.json", lambda values: values.update(packing="another way"))
+    rows = found(capsys, *pair)["environment"]
+    assert [row["what"] for row in rows] == ["packing", "micro_batch.max_tokens"] or [row["what"] for row in rows] == [
+        "micro_batch.max_tokens",
+        "packing",
+    ]
+
+
+def test_what_has_nothing_to_compare_is_not_the_same(pair, capsys):
+    for run in pair:
+        shutil.rmtree(run / "adapter", ignore_errors=True)
+        shutil.rmtree(run / "model", ignore_errors=True)
+    diff(*pair)
+    assert "neither run has a result" in capsys.readouterr().out
+    for run in pair:
+        (run / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="has recorded no loss, so there is nothing to compare"):
+        diff(*pair)

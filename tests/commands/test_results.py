@@ -126,7 +126,7 @@ def test_what_cannot_be_merged_says_so_and_is_evaluated(tmp_path, method):
     assert len(report["comparisons"]) == 3
 
 
-def test_plan_counts_without_weights(tmp_path, capsys):
+def test_plan_counts_without_weights(tmp_path, capsys, monkeypatch):
     recipe = write_recipe(tmp_path)
     (tmp_path / "base-llama" / "model.safetensors").write_bytes(b"not weights")
     plan(recipe, [], json=True)
@@ -144,6 +144,13 @@ def test_plan_counts_without_weights(tmp_path, capsys):
     train(recipe, [], dry_run=True)
     assert "6 steps of 4 examples" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+    planned = {}
+    monkeypatch.setattr("ftkit.commands.plan.plan", lambda *_, **options: planned.update(options))
+    train(recipe, [], dry_run=True, num_processes=2)
+    assert planned["num_processes"] == 2
+    for option in ({"resume": True}, {"checkpoint": tmp_path}, {"launch_config": tmp_path}):
+        with pytest.raises(UserError, match="--dry-run plans a run from its first step"):
+            train(recipe, [], dry_run=True, **option)
 
 
 def test_plan_builds_a_model_from_its_own_code_where_it_may(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`ftkit train RECIPE --smoke`, through the command line: what it checks, and that each seeded fault ends it."""
 
+import errno
 import json
 import os
 import tempfile
@@ -13,7 +14,7 @@ from ftkit.data import draws
 from ftkit.models.quantization import check_available
 from ftkit.smoke import base as smoke_base
 from ftkit.smoke import checks
-from ftkit.training import build
+from ftkit.training import build, trackers
 from tests.models.fake_hub import COMMIT, serve
 from tests.models.test_gguf import write_gguf
 from tests.tiny_models import CHATML, save_tiny, tiny_model, tiny_tokenizer
@@ -428,7 +429,38 @@ def test_a_job_of_github_actions(tiny, capsys, monkeypatch):
     capsys.readouterr()
     assert ftkit(["train", str(tiny), "--smoke"]) == 2
     output = capsys.readouterr()
-    *_, annotation, last = output.out.splitlines()
+    last = output.out.splitlines()[-1]
+    error, annotation = output.err.splitlines()
     assert annotation.startswith(f"::error file=recipe.yaml,line={line_of(tiny, 'targets')},title=ftkit::")
-    assert json.loads(last)["error"] == output.err.removeprefix("ftkit: error: ").rstrip("\n")
+    assert json.loads(last)["error"] == error.removeprefix("ftkit: error: ")
     assert "| method | failed |" in summary.read_text()
+
+
+def test_a_recipe_that_cannot_be_read_ends_in_the_json_line_too(tiny, capsys):
+    values, error = smoke(tiny, capsys, "training.lerning=1", code=2)
+    assert values["status"] == "failed"
+    assert values["exit_code"] == 2
+    assert "did you mean learning_rate?" in error
+
+
+def test_a_failure_of_the_machine_has_its_exit_code_in_the_json_line(tiny, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(checks, "check_saved", full)
+    values, _ = smoke(tiny, capsys, code=5)
+    assert values["exit_code"] == 5
+
+
+def test_trackers_are_for_real_runs(tiny, capsys, monkeypatch):
+    change(tiny, training={"report_to": ["wandb"]})
+    monkeypatch.setattr(trackers, "tracking", forbidden_trackers(trackers.tracking))
+    smoke(tiny, capsys)
+
+
+def forbidden_trackers(original):
+    def tracking(metrics, section, *arguments, **options):
+        assert section.report_to == ()
+        return original(metrics, section, *arguments, **options)
+
+    return tracking

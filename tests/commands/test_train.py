@@ -14,6 +14,7 @@ from ftkit.commands.train import train
 from ftkit.errors import NonFiniteError, UserError
 from ftkit.lock import RunLock
 from ftkit.recipe.load import load_recipe
+from ftkit.runs import recorded_environment
 from ftkit.training.optim import learning_rate
 from tests.tiny_models import CHATML, save_tiny
 from tests.tiny_runs import METHODS, cli_command, cli_environment, losses, read_metrics, run_cli, write_recipe
@@ -71,6 +72,19 @@ def test_the_same_recipe_gives_the_same_bytes_and_its_resolved_form_too(tiny):
     for other in ("recipe-2", "recipe-3"):
         assert sha(weights(runs / other, "lora")) == sha(weights(runs / "recipe-1", "lora"))
         assert read_metrics(runs / other) == read_metrics(runs / "recipe-1")
+
+
+def test_the_resolved_form_cuts_micro_batches_as_the_run_did(tiny, monkeypatch):
+    recipe, runs = tiny
+    train(recipe, ["training.max_tokens_per_device=auto", "training.max_steps=2"])
+    cut = recorded_environment(runs / "recipe-1")["micro_batch"]
+    monkeypatch.setattr("ftkit.training.budget.TOKENS_ON_CPU", 512)
+    train(runs / "recipe-1" / "recipe.yaml", [])
+    assert recorded_environment(runs / "recipe-2")["micro_batch"] == cut
+    assert sha(weights(runs / "recipe-2", "lora")) == sha(weights(runs / "recipe-1", "lora"))
+    # The recipe that leaves it open goes on in that run all the same.
+    train(recipe, ["training.max_tokens_per_device=auto", "training.max_steps=4"], resume=True)
+    assert len(read_metrics(runs / "recipe-1")) > len(read_metrics(runs / "recipe-2"))
 
 
 def test_rows_in_columns_that_only_phrasings_know_go_on_and_repeat(tiny):

@@ -98,6 +98,7 @@ DOCUMENTS: dict[str, Needs] = {
         },
         not_run={
             "ftkit verify runs/recipe-1 --endpoint": NEEDS_SERVER,
+            "ftkit verify runs/orders-1 --endpoint": NEEDS_SERVER,
             "ftkit verify runs/sst2 --endpoint": NEEDS_SERVER,
         },
     ),

@@ -141,9 +141,10 @@ def test_axolotls_trackers(tmp_path: Path) -> None:
         tmp_path, text + "wandb_project: mine\nwandb_name: first\nwandb_entity: us\nuse_tensorboard: true\n"
     )
     expected = {"report_to": ["tensorboard", "wandb"], "project": "mine", "run_name": "first"}
-    assert found.recipe["training"] == expected
+    assert found.recipe["training"] == expected | {"num_train_epochs": 1}
     assert left_out(found) == {"wandb_entity"}
-    assert "training" not in translated(tmp_path, text + "wandb_project:\nuse_wandb: false\n").recipe
+    off = translated(tmp_path, text + "wandb_project:\nuse_wandb: false\n")
+    assert off.recipe["training"] == {"num_train_epochs": 1}
     assert left_out(translated(tmp_path, text + "run_name: x\nreport_to: all\n")) == {
         "training.run_name",
         "report_to",
@@ -237,6 +238,24 @@ def test_trls_defaults_are_trls() -> None:
     assert ours == {key: theirs[names.get(key, key.partition(".")[2])] for key in ours}
 
 
+def test_what_is_not_said_of_a_batch_is_the_tools(tmp_path: Path) -> None:
+    accumulated = SFT.replace("per_device_train_batch_size: 2\n", "")
+    assert translated(tmp_path, accumulated).recipe["training"]["global_batch_size"] == 64
+    axolotl = "base_model: org/model\ndatasets: [{path: a.jsonl, type: alpaca}]\n"
+    found = translated(tmp_path, axolotl + "gradient_accumulation_steps: 4\n")
+    assert found.recipe["training"]["global_batch_size"] == 4
+    found = translated(tmp_path, axolotl + "max_steps: 100\nevals_per_epoch: 4\n")
+    assert "evals_per_epoch" in left_out(found)
+    assert "eval_steps" not in found.recipe["training"]
+
+
+def test_keys_without_a_value_are_in_the_way_of_nothing(tmp_path: Path) -> None:
+    text = QLORA + "lora_target_modules:\n"
+    assert translated(tmp_path, text).recipe["method"]["targets"] == "all-linear"
+    assert not left_out(translated(tmp_path, text)) & {"lora_target_modules", "lora_target_linear"}
+    assert "lora_target_modules" in left_out(translated(tmp_path, SFT + "use_peft: true\n"))
+
+
 def test_evaluations_and_checkpoints_stay_multiples_of_each_other(tmp_path: Path) -> None:
     text = "base_model: org/model\ndatasets: [{path: a.jsonl, type: alpaca}]\nval_set_size: 0.1\n"
     found = translated(tmp_path, text + "num_epochs: 3\nevals_per_epoch: 4\nsaves_per_epoch: 1\n")
@@ -247,12 +266,16 @@ def test_evaluations_and_checkpoints_stay_multiples_of_each_other(tmp_path: Path
 
 def test_columns_of_dataset_info_that_we_have_not_are_told(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    columns = {"history": "past", "images": "pictures"}
+    columns = {"history": "past", "images": "pictures", "query": "q"}
     info = {"mine": {"file_name": "a.json", "columns": columns}, "talks": {"ms_hub_url": "org/talks"}}
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
     found = translated(tmp_path, FACTORY)
-    assert found.recipe["data"]["train"][0]["columns"] == {"history": "past"}
-    lost = {"dataset_info.json.mine.columns.images", "dataset_info.json.talks.ms_hub_url"}
+    assert found.recipe["data"]["train"][0]["columns"] == {"input": "q"}
+    lost = {
+        "dataset_info.json.mine.columns.images",
+        "dataset_info.json.mine.columns.history",
+        "dataset_info.json.talks.ms_hub_url",
+    }
     assert lost <= left_out(found)
 
 

@@ -43,3 +43,35 @@ def test_gradients_lie_beside_activations_where_they_do_in_the_run(accumulates, 
     assert root.found == found
     assert root.weight.grad is None
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Failing(Counting):
+    """Fails in words."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(0)
+        self.message = message
+
+    def forward(self, batch: torch.Tensor) -> SimpleNamespace:
+        raise RuntimeError(self.message)
+
+
+def test_libraries_have_their_own_words_for_memory():
+    for message in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"):
+        root = Failing(message)
+        assert not step_fits(root, torch.ones(3), root.parameters(), World(on_cpu=True), accumulates=False)
+    root = Failing("expected a matrix")
+    with pytest.raises(RuntimeError, match="expected a matrix"):
+        step_fits(root, torch.ones(3), root.parameters(), World(on_cpu=True), accumulates=False)
+
+
+def test_the_optimizers_state_is_made_where_there_is_none(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "empty_like", lambda parameter, **_: made.append(parameter))
+    root, world = Counting(0), World(on_cpu=True)
+    assert step_fits(root, torch.ones(3), root.parameters(), world, accumulates=False)
+    assert len(made) == 2
+    made.clear()
+    moments = list(root.parameters())
+    assert step_fits(root, torch.ones(3), root.parameters(), world, accumulates=False, with_moments=moments)
+    assert made == []
