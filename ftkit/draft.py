@@ -102,6 +102,7 @@ def draft(
         looked_at = {"base_model": base_model, "data": whole, "method": section, "training": {"num_train_epochs": 1}}
         return prepare(_load(directory, looked_at), console, **keys)
 
+    warnings: list[str] = []
     try:
         prepared = read(dataset)
     except UserError as error:
@@ -111,10 +112,14 @@ def draft(
             raise
         dataset |= proposed
         prepared = read(dataset)
+        taken = ", ".join(f"{ours}: {theirs}" for ours, theirs in proposed.get("columns", {}).items())
+        warnings.append(f"columns are taken by their names ({taken}): check them in the recipe")
+        if "chosen" in proposed.get("columns", {}).values():
+            warnings.append("preferred answers are trained on, and rejected ones ignored: ftkit does supervised tuning")
     facts = look_at(prepared)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory, warnings = free_memory(device), []
+    memory = free_memory(device)
     model: dict[str, Any] = {}
 
     def fitting() -> Fit:

@@ -34,14 +34,13 @@ def init(
     Raises:
         UserError: the output exists, there is no such method, or nothing can be made of the source.
     """
-    from ftkit.recipe.schema import METHOD_SECTIONS
-    from ftkit.runs import move_aside, write_whole
-
     console = Console()
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists", how="choose another --output, or give --overwrite: it is moved aside")
     if not output.parent.is_dir():
         raise UserError(f"there is no directory {output.parent}", how="create it, or choose another --output")
+    from ftkit.recipe.schema import METHOD_SECTIONS
+
     if method is not None and method not in METHOD_SECTIONS:
         raise UserError(
             f"--method {method}: there is no such method", how=f"choose one of {', '.join(METHOD_SECTIONS)}"
@@ -53,6 +52,8 @@ def init(
         text = _from_data(
             source, output, console, model=model or DEFAULT_MODEL, method=method or "lora", options=options
         )
+    from ftkit.runs import move_aside, write_whole
+
     if output.exists():
         console.line(f"the old one is now {move_aside(output)}")
     write_whole(output, text)
@@ -93,7 +94,7 @@ def _from_configuration(path: Path, output: Path, console: Console, *, model: st
     notes = [f"{dotted(problem.key)}: {problem.what}; {problem.how}" for problem in found.left_out] + dropped
     console.line(f"{path} is a configuration of {found.tool}")
     for note in notes:
-        console.line(f"left out   {note}")
+        console.line(f"differs    {note}")
     unneeded = ", ".join(map(dotted, found.unneeded))
     defaults = ", ".join(f"{key} {value}" for key, value in found.defaults.items())
     if defaults:

@@ -146,6 +146,7 @@ def _small_run(
 ) -> tuple[LoadedRecipe, str | None]:
     """The recipe on a small copy of its base, and what the base is stored in where that is quantized."""
     from ftkit.estimate import count_parameters
+    from ftkit.models.isolation import FLASH
     from ftkit.runs import describe_environment
     from ftkit.smoke.base import CPU, gather_parts, runnable_quantization, write_base
     from ftkit.smoke.recipe import copy_size, fitting_method, shortened, with_base
@@ -172,6 +173,8 @@ def _small_run(
         check.detail = f"trains {trains} of {human_count(counts.total_parameters)} parameters of the whole model"
         report.figures |= {"parameters": counts.total_parameters, "trainable_parameters": counts.trainable_parameters}
         report.figures["changed"] = [*changed, *([other] if other else [])]
+        if recipe.model.attn_implementation == FLASH:
+            report.figures["changed"].append(f"model.attn_implementation auto for {FLASH}, which needs a GPU")
     small = with_base(loaded, work / COPY, quantization)
     return shortened(small, work / "runs" / loaded.path.stem, section), parts.stored_quantization
 

@@ -5,6 +5,7 @@ module adds what takes more than a name: lists of data sets, batches for each de
 """
 
 import copy
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ def translate(path: Path) -> Translated:
     raw = {key: value for key, value in raw.items() if value is not None}
     left: list[Problem] = []
     tool = _tool(raw)
+    if raw.get("rl") or raw.get("stage", "sft") != "sft":
+        key = "rl" if raw.get("rl") else "stage"
+        how = "only supervised fine-tuning can be carried over; preference tuning is not in this version"
+        raise UserError(f"{key}: {raw[key]} is no supervised fine-tuning", how=how, where=str(path))
     unneeded = drop_what_happens_anyway(raw)
     carry_template(raw, path.parent, left)
     datasets = _datasets(raw, tool, path, left)
@@ -115,6 +120,10 @@ def _datasets(raw: dict[str, Any], tool: str, path: Path, left: list[Problem]) -
         names = raw.pop("dataset", None)
         directory = Path(raw.pop("dataset_dir", "data"))
         names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names or ())
+        held_out = raw.pop("eval_dataset", None)
+        if isinstance(held_out, str):
+            others = [_factory_dataset(name.strip(), directory, path, left) for name in held_out.split(",")]
+            raw.setdefault("data", {})["eval"] = others
         # Theirs counts for each data set, as ours does.
         most = {"max_samples": raw.pop("max_samples")} if isinstance(raw.get("max_samples"), int) else {}
         return [_factory_dataset(name, directory, path, left) | most for name in names]
@@ -135,6 +144,8 @@ def _axolotl_dataset(entry: Mapping[str, Any], index: int, left: list[Problem]) 
         entry = {name: value for name, value in entry.items() if name != "message_property_mappings"}
         entry |= {"type": "sharegpt"}
     for name, value in entry.items():
+        if name == "message_property_mappings" and value == {"role": "role", "content": "content"}:
+            continue
         if name == "type" and isinstance(value, str):
             found["format"] = _AXOLOTL_TYPES.get(value, value.partition(".")[0])
         elif name == "data_files" and isinstance(value, list) and len(value) > 1:
@@ -161,8 +172,10 @@ def _factory_dataset(name: str, directory: Path, path: Path, left: list[Problem]
         return {"path": name}
     info = _read_info(info_file).get(name)
     if not isinstance(info, dict):
-        left.append(_not(("dataset",), f"{info_file} does not say what {name} is", "write the file or hub id in path"))
-        return {"path": name}
+        names = sorted(_read_info(info_file))
+        close = difflib.get_close_matches(name, names, n=1)
+        how = f"did you mean {close[0]}?" if close else f"it has {', '.join(names[:8]) or 'none'}"
+        raise UserError(f"dataset: {info_file} does not say what {name} is", how=how, where=str(path))
     found: dict[str, Any] = {"path": info.get("hf_hub_url") or str(info_file.parent / info.get("file_name", name))}
     found |= {ours: info[theirs] for theirs, ours in {"subset": "subset", "split": "split"}.items() if info.get(theirs)}
     found |= {"max_samples": info["num_samples"]} if info.get("num_samples") else {}

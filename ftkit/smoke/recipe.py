@@ -13,6 +13,7 @@ from ftkit.errors import FtkitError, StorageError, UserError
 from ftkit.methods.llama_adapter import LAYERS_WITHOUT
 from ftkit.methods.targets import check_patterns, select_targets
 from ftkit.models.architecture import linear_modules, linear_shape
+from ftkit.models.isolation import FLASH
 from ftkit.models.small_copy import build_random, plain_copy, text_config
 from ftkit.recipe.load import LoadedRecipe
 from ftkit.recipe.method_schema import AdapterMethod, LlamaAdapterMethod, LoraMethod
@@ -31,7 +32,11 @@ OUTPUT_KEY = ("output_dir",)
 
 def with_base(loaded: LoadedRecipe, directory: Path, quantization: str | None) -> LoadedRecipe:
     """The recipe with a local base in the place of its own."""
-    model = loaded.recipe.model.model_copy(update={"revision": None, "quantization": quantization})
+    changes = {"revision": None, "quantization": quantization}
+    if loaded.recipe.model.attn_implementation == FLASH:
+        # A kernel of GPUs; the copy runs on the CPU.
+        changes["attn_implementation"] = "auto"
+    model = loaded.recipe.model.model_copy(update=changes)
     recipe = loaded.recipe.model_copy(update={"base_model": str(directory), "model": model})
     return replace(loaded, recipe=recipe)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from ftkit.console import Console, human_count, make_table
 from ftkit.data.chat import ChatTemplate
@@ -22,6 +23,7 @@ from ftkit.methods.start import KEY as INIT_FROM_KEY
 from ftkit.methods.start import continue_from
 from ftkit.methods.table import METHODS
 from ftkit.models.files import ADAPTER_CONFIG_NAME
+from ftkit.models.isolation import FLASH
 from ftkit.models.load import BaseModel, find_base, load_config, stored_quantization
 from ftkit.models.token_rows import train_rows
 from ftkit.models.tokenizer import add_tokens, recipe_tokenizer
@@ -200,6 +202,10 @@ def apply_method(model: PreTrainedModel, prepared: PreparedModel) -> None:
 
 
 def _find_base(loaded: LoadedRecipe, *, offline: bool, trust_remote_code: bool, weights: bool = True) -> BaseModel:
+    if loaded.recipe.model.attn_implementation == FLASH and not is_flash_attn_2_available():
+        what = f"{FLASH} needs an NVIDIA GPU and the package flash-attn, which are not both here"
+        how = "set it to auto: ftkit's attention keeps documents apart without it"
+        raise UserError(what, how=how, key=("model", "attn_implementation"))
     return find_base(
         loaded.recipe.base_model,
         loaded.recipe.model,

@@ -132,7 +132,7 @@ def test_a_configuration_becomes_a_recipe_that_trains(place, capsys):
     init("configs/axolotl.yaml", output=place / "configs" / "recipe.yaml")
     shown = capsys.readouterr().out
     assert "configs/axolotl.yaml is a configuration of axolotl" in shown
-    assert "left out   micro_batch_size: 2 a device x 2 steps" in shown
+    assert "differs    micro_batch_size: 2 a device x 2 steps" in shown
     assert "not needed flash_attention\n" in shown
     text = (place / "configs" / "recipe.yaml").read_text()
     assert "#   micro_batch_size: 2 a device" in text
@@ -153,7 +153,7 @@ def test_another_method_or_base_takes_what_belonged_to_the_old_one_along(place, 
     assert (recipe.model.quantization, recipe.model.revision, recipe.method.type) == (None, None, "full")
     shown = capsys.readouterr().out
     for key in ("model.revision", "model.quantization", "training.learning_rate"):
-        assert f"left out   {key}: belonged to what the command line replaced" in shown
+        assert f"differs    {key}: belonged to what the command line replaced" in shown
     train(place / "recipe.yaml", [])
 
 
@@ -190,3 +190,12 @@ def test_what_cannot_be_had(source, options, message, place):
         init(source, **{"model": "base"} | options)
     assert not (place / "recipe.yaml").exists()
     assert not list(place.glob(".ftkit-init-*"))
+
+
+def test_columns_that_are_guessed_are_told(place, capsys):
+    rows = [{"prompt": f"question {i}", "chosen": "yes", "rejected": "no"} for i in range(30)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    init("pairs.jsonl", model="base", output=place / "pairs.yaml")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "columns are taken by their names (completion: chosen): check them" in shown
+    assert "rejected ones ignored: ftkit does supervised tuning" in shown

@@ -197,3 +197,14 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(tmp_path):
     repeated = run_cli("train", run / "recipe.yaml", "--offline", cwd=tmp_path, HF_HOME=str(tmp_path / "cache"))
     assert repeated.returncode == 0, repeated.stderr
     assert result_hash(tmp_path / "runs" / "recipe-2") == result_hash(run)
+
+
+def test_flash_attention_that_is_not_there_is_told_before_anything_is_read(tmp_path):
+    recipe = write_recipe(tmp_path)
+    result = run_cli("plan", str(recipe), "model.attn_implementation=flash_attention_2", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "model.attn_implementation: flash_attention_2 needs an NVIDIA GPU" in result.stderr
+    assert result.stdout == ""
+    smoked = run_cli("train", str(recipe), "--smoke", "model.attn_implementation=flash_attention_2", cwd=tmp_path)
+    assert smoked.returncode == 0, smoked.stderr
+    assert "changed    model.attn_implementation auto for flash_attention_2" in smoked.stdout

@@ -194,17 +194,20 @@ def test_llama_factorys_data_sets_are_looked_up(tmp_path: Path) -> None:
 
 
 def test_nothing_is_dropped_without_a_word(tmp_path: Path) -> None:
-    preferences = translated(tmp_path, FACTORY.replace("stage: sft", "stage: dpo"))
-    assert "stage" in left_out(preferences)
+    for text in (FACTORY.replace("stage: sft", "stage: dpo"), QLORA + "rl: dpo\n"):
+        with pytest.raises(UserError, match="dpo is no supervised fine-tuning"):
+            translated(tmp_path, text)
     odd = FACTORY.replace("per_device_train_batch_size: 1", "per_device_train_batch_size: many")
     assert {"per_device_train_batch_size", "gradient_accumulation_steps"} <= left_out(translated(tmp_path, odd))
     found = translated(tmp_path, "base_model: org/model\ndatasets: [org/rows]\n")
     assert found.recipe["data"]["train"] == [{"path": "org/rows"}]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text('{"other": {}}')
-    unknown = translated(tmp_path, FACTORY)
-    assert unknown.recipe["data"]["train"] == [{"path": "mine"}, {"path": "talks"}]
-    assert any("does not say what talks is" in str(problem) for problem in unknown.left_out)
+    (tmp_path / "data" / "dataset_info.json").write_text('{"other": {}, "talk": {}, "mine": {"file_name": "m.json"}}')
+    with pytest.raises(UserError, match=r"does not say what talks is; did you mean talk\?"):
+        translated(tmp_path, FACTORY)
+    both = translated(tmp_path, FACTORY.replace("mine, talks", "mine") + "eval_dataset: mine\n")
+    assert both.recipe["data"]["eval"] == both.recipe["data"]["train"]
+    assert "val_size" not in both.recipe["data"]
     (tmp_path / "data" / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset_info\.json: is not valid JSON"):
         translated(tmp_path, FACTORY)
