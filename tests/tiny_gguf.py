@@ -15,11 +15,17 @@ END = "<|im_end|>"
 
 
 def save_convertible(
-    directory: Path, *, context: int = 128, chat_template: str = CHATML, says_beginning: bool = True
+    directory: Path,
+    *,
+    context: int = 128,
+    chat_template: str = CHATML,
+    says_beginning: bool = True,
+    rope: dict[str, object] | None = None,
 ) -> Path:
     """A tiny Llama, bfloat16, whose tokenizer falls back on bytes; returns `directory`.
 
     Args:
+        rope: `rope_parameters`, where its rotary positions are scaled.
         says_beginning: whether the tokenizer's configuration has what llama.cpp wants to know of a text's beginning.
     """
     tokenizer = byte_fallback_tokenizer()
@@ -38,6 +44,7 @@ def save_convertible(
         bos_token_id=1,
         eos_token_id=tokenizer.eos_token_id,
         architectures=["LlamaForCausalLM"],
+        **({} if rope is None else {"rope_parameters": rope}),
     )
     LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     tokenizer.save_pretrained(directory)

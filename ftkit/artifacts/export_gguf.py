@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from ftkit.artifacts.directory import staged
 from ftkit.artifacts.export_hf import export_hf
+from ftkit.console import Console
 from ftkit.data.chat import ChatTemplate
 from ftkit.data.end_of_turn import QUESTION
 from ftkit.errors import CheckFailedError, UserError
@@ -34,6 +35,8 @@ KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 Q8_0 = "q8_0"
 HALF_STEPS = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, Q8_0: 2**-8}
 """Largest rounding error, as a share of the value; of q8_0 that of what it does not keep in 8 bits."""
+_KEPT_IN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, Q8_0: torch.bfloat16}
+"""What a file's weights are compared in; of q8_0 it adds its own rounding."""
 Q8_0_BLOCK, Q8_0_ERROR = 32, 1 / 254 + 2**-11
 """Values that share a scale, and the largest error as a share of the largest of them: half a step of 127, and the
 rounding of their float16 scale."""
@@ -62,14 +65,18 @@ def export_gguf(
         _convert(source, file, kind)
         if _tell_beginning(source, file):
             _convert(source, file, kind)
-        check_gguf(file, source, kind)
+        if (note := check_gguf(file, source, kind)) is not None:
+            Console().warning(note)
         for path in source.iterdir():
             path.unlink()
         source.rmdir()
 
 
-def check_gguf(file: Path, source: Path, kind: str) -> None:
+def check_gguf(file: Path, source: Path, kind: str) -> str | None:
     """Read a .gguf file back and compare it with the directory that it was made of.
+
+    Returns:
+        What could not be compared, in words, or None.
 
     Raises:
         CheckFailedError: a weight is further off than its rounding, or the template or the ending tokens are others.
@@ -89,14 +96,22 @@ def check_gguf(file: Path, source: Path, kind: str) -> None:
         raise CheckFailedError(
             f"answers of the .gguf file end at token {end}, not {ends}", how="serve --format hf instead"
         )
-    ours = _weights(source)
-    theirs = _weights(file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+    # Both in 16 bits where that is enough: large models are exported where memory is short.
+    kept = _KEPT_IN[kind]
+    try:
+        theirs = _weights(file.parent, kept, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True))
+    except ValueError as error:
+        if "not supported" not in str(error):
+            raise
+        return f"the weights of the .gguf file were not compared, since transformers cannot read it back: {error}"
+    ours = _weights(source, stored_dtype(source))
     if ours.keys() != theirs.keys():
         name = min(ours.keys() ^ theirs.keys())
         raise CheckFailedError(f"the .gguf file and the model do not both have {name}", how="serve --format hf instead")
     for name, weight in ours.items():
-        if not _is_near(theirs[name], weight, kind):
+        if not _is_near(theirs[name].float(), weight.float(), kind):
             raise CheckFailedError(f"the .gguf file has another {name}", how="serve --format hf instead")
+    return None
 
 
 def _tell_beginning(source: Path, file: Path) -> bool:
@@ -140,16 +155,17 @@ def _is_near(written: Tensor, weight: Tensor, kind: str) -> bool:
     if kind == Q8_0 and weight.ndim == 2 and weight.shape[-1] % Q8_0_BLOCK == 0:
         # Rows are kept in blocks; what cannot be cut into them is kept in 16 bits.
         largest = weight.unflatten(-1, (-1, Q8_0_BLOCK)).abs().amax(-1, keepdim=True)
-        return bool((gap.unflatten(-1, (-1, Q8_0_BLOCK)) <= largest * Q8_0_ERROR + 2**-24).all())
+        bound = largest * (Q8_0_ERROR + HALF_STEPS["bf16"]) + 2**-24
+        return bool((gap.unflatten(-1, (-1, Q8_0_BLOCK)) <= bound).all())
     # Below 2**-24 float16 has no values.
     return bool((gap <= weight.abs() * HALF_STEPS[kind] + 2**-24).all())
 
 
-def _weights(directory: Path, **options: Any) -> dict[str, Tensor]:
-    """float32 weights by name."""
+def _weights(directory: Path, dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:
+    """Weights by name."""
     # transformers shows a bar of its own.
     with redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype, **options)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.console import Console
-from ftkit.errors import UserError, dotted
+from ftkit.errors import Problem, UserError, dotted
+from ftkit.recipe.load import DATA_SUFFIXES
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONFIGURATIONS = (".yaml", ".yml")
@@ -73,7 +74,8 @@ def _from_data(source: str, output: Path, console: Console, model: str, method: 
     if facts.repeated:
         console.line(f"repeated   {facts.repeated:,} rows say the same as another")
     if facts.dropped:
-        console.line(f"dropped    {facts.dropped:,} rows cannot be used: `ftkit preview --dropped` says why")
+        shown = f"`ftkit preview {shlex.quote(str(output))} --dropped` says why"
+        console.line(f"dropped    {facts.dropped:,} rows cannot be used: {shown}")
     lengths = f"{facts.median:,} tokens in the middle, 99% up to {facts.percentile:,}, the longest {facts.longest:,}"
     console.line(f"lengths    {lengths}")
     for warning in made.warnings:
@@ -91,7 +93,7 @@ def _from_configuration(path: Path, output: Path, console: Console, *, model: st
     dropped = _replace(values, model=model, method=method)
     directory = output.absolute().parent
     _move_paths(values, path.absolute().parent, directory)
-    notes = [f"{dotted(problem.key)}: {problem.what}; {problem.how}" for problem in found.left_out] + dropped
+    notes = [_note(problem) for problem in found.left_out] + dropped + _not_there(values, directory)
     console.line(f"{path} is a configuration of {found.tool}")
     for note in notes:
         console.line(f"differs    {note}")
@@ -110,6 +112,24 @@ def _from_configuration(path: Path, output: Path, console: Console, *, model: st
     ordered = {key: values[key] for key in order if values.get(key) not in (None, {})}
     body = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=110)
     return "\n".join(head) + "\n\n" + body
+
+
+def _note(problem: Problem) -> str:
+    return f"{dotted(problem.key)}: {problem.what}" + (f"; {problem.how}" if problem.how else "")
+
+
+def _not_there(values: dict[str, Any], directory: Path) -> list[str]:
+    """Files that the configuration names and that are not there: with such an ending they are no hub ids."""
+    named = [
+        (f"data.{kind}.{index}.path", dataset["path"])
+        for kind in ("train", "eval")
+        for index, dataset in enumerate(values.get("data", {}).get(kind, []))
+    ]
+    return [
+        f"{key}: there is no file {path}; put it there, or correct the path"
+        for key, path in named
+        if Path(path).suffix in DATA_SUFFIXES and not glob.has_magic(path) and not (directory / path).exists()
+    ]
 
 
 def _replace(values: dict[str, Any], *, model: str | None, method: str | None) -> list[str]:

@@ -151,6 +151,8 @@ def as_dtype(name: str | None, *, also: str | None = None) -> "torch.dtype | Non
         return None
     name = SHORT.get(name, name)
     if name not in DTYPES:
+        if name == "q8_0":
+            raise UserError("q8_0 is a precision of .gguf files", how="give --format gguf, or another --dtype")
         choices = [*DTYPES, *([also] if also else [])]
         raise UserError(f"unknown --dtype {name}", how=f"choose one of {', '.join(choices)}")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

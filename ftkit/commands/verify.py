@@ -73,7 +73,8 @@ def verify(
     files = find_files(trained, exported, device=device, compute=dtype) if client is None else []
     sides: Sequence[Side] = files if client is None else [_find_server(client, model, found)]
 
-    # 2. The comparison.
+    # 2. The comparison, which takes a while: answers are computed one token after another.
+    console.line(f"comparing  {target} with {', '.join(side.name for side in sides)}")
     with console.progress("verifying", total=len(sides) + 1) as bar:
         steps = iter(range(len(sides) + 1))
         reports = verify_sides(

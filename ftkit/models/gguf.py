@@ -84,7 +84,7 @@ def write_gguf_parts(path: Path, directory: Path, *, key: KeyPath = ()) -> None:
             tokenizer = read_tokenizer(path, reader)
     except Exception as error:  # the tokenizers library raises the base class itself
         raise _unreadable(path, error, key) from None
-    _check_rotary(path, reader, config, key=key)
+    check_rotary(path, reader, config, key=key)
     config.save_pretrained(directory)
     _save_tokenizer(tokenizer, config, directory)
     _generation_config(tokenizer, reader).save_pretrained(directory)
@@ -126,7 +126,7 @@ def _write_directory(path: Path, directory: Path, *, key: KeyPath) -> None:
     if info["missing_keys"]:
         what = f"{path} lacks weights of its model, e.g. {min(info['missing_keys'])}"
         raise UserError(what, how=_INSTEAD, key=key)
-    _check_rotary(path, reader, model.config, key=key)
+    check_rotary(path, reader, model.config, key=key)
 
     model.generation_config = _generation_config(tokenizer, reader)
     model.save_pretrained(directory)
@@ -167,7 +167,7 @@ _PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 """`tokenizer.ggml.pre` -> what the model's own tokenizer.json has, where transformers makes up another."""
 
 
-def _check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *, key: KeyPath) -> None:
+def check_rotary(path: Path, reader: "GGUFReader", config: PreTrainedConfig, *, key: KeyPath) -> None:
     """Refuse a file whose rotary positions are scaled (Llama 3.1, YaRN) where transformers' reader drops the scaling.
 
     Such a model loads without a word, gives other logits, and is worse the longer the text.

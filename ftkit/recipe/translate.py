@@ -81,7 +81,7 @@ def translate(path: Path) -> Translated:
     datasets = _datasets(raw, tool, path, left)
     _batch(raw, tool, left)
     _method(raw, tool)
-    _often(raw)
+    _often(raw, left)
     _trackers(raw, left)
     if raw.pop("bf16", None) is True:
         raw.setdefault("model", {})["dtype"] = "bfloat16"
@@ -96,7 +96,8 @@ def translate(path: Path) -> Translated:
     if recipe is None:
         first = next(iter(left), None)
         what = "no recipe can be made of it" + (f": {dotted(first.key)}: {first.what}" if first is not None else "")
-        raise UserError(what, how="see recipes/ for one to start from", where=str(path))
+        how = "init takes data, or a configuration of axolotl, LLaMA-Factory or TRL"
+        raise UserError(what, how=how, where=str(path))
     unneeded += [problem.key for problem in left if is_harmless(problem.key)]
     left = [problem for problem in left if not is_harmless(problem.key)]
     recipe = _without_none(recipe)
@@ -132,8 +133,10 @@ def _datasets(raw: dict[str, Any], tool: str, path: Path, left: list[Problem]) -
         found = {ours: raw.pop(theirs) for theirs, ours in moved.items() if raw.get(theirs) is not None}
         return [found] if "path" in found else []
     listed = raw.pop("datasets", None)
-    if not isinstance(listed, list):
+    if listed is None:
         return []
+    if not isinstance(listed, list):
+        raise UserError("datasets: expected a list", how="write [{path: ..., type: ...}]", where=str(path))
     entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in listed]
     return [_axolotl_dataset(entry, index, left) for index, entry in enumerate(entries)]
 
@@ -219,7 +222,7 @@ def _batch(raw: dict[str, Any], tool: str, left: list[Problem]) -> None:
     left.append(_not((name,), what, "multiply training.global_batch_size by the devices that you used"))
 
 
-def _often(raw: dict[str, Any]) -> None:
+def _often(raw: dict[str, Any], left: list[Problem]) -> None:
     """Evaluations and checkpoints an epoch, as shares of the run."""
     if isinstance(raw.get("max_steps"), int) and {"evals_per_epoch", "saves_per_epoch"} & raw.keys():
         return  # How many epochs that is depends on the data.
@@ -231,6 +234,9 @@ def _often(raw: dict[str, Any]) -> None:
         if isinstance(number, int | float) and isinstance(epochs, int | float) and number * epochs > 1:
             often[ours] = number
             raw.setdefault("training", {})[ours] = round(1 / (number * epochs), 4)
+        elif ours == "save_steps" and number:
+            what = "a checkpoint at the end alone; here there is one at each evaluation, of which the last two stay"
+            left.append(_not((theirs,), what, "set training.save_steps for fewer"))
     if len(often) == 2 and (times := often["eval_steps"] / often["save_steps"]) == int(times):
         # Exactly so many evaluations, whatever was rounded.
         raw["training"]["save_steps"] = round(raw["training"]["eval_steps"] * times, 8)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ftkit.errors import UserError
 from ftkit.evaluation.generation import cached_tokens, generate
 from ftkit.models.files import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME, read_json, stored_dtype
-from ftkit.models.gguf import end_tokens, read_tokenizer
+from ftkit.models.gguf import check_rotary, end_tokens, read_tokenizer
 from ftkit.models.load import BaseModel, load_tokenizer, load_weights, local_directory
 from ftkit.models.quiet import quiet_transformers
 from ftkit.runs import EXPORT, MERGED, Target
@@ -110,6 +110,17 @@ class GgufFile(Directory):
         # The coarsest of them.
         self.precision = max((GGUF_KINDS.get(kind, PRECISIONS[-1]) for kind in kinds), key=PRECISIONS.index)
         self.kind, self._answers = f".gguf file in {self.precision}, read by transformers", True
+        try:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        except ValueError as error:
+            how = "serve it with llama.cpp, and name the server with --endpoint"
+            raise UserError(f"transformers cannot read it back: {error}", how=how, where=str(path)) from None
+        try:
+            check_rotary(path, reader, config, key=())
+        except UserError:
+            # Its answers would be another model's.
+            self.kind = f".gguf file in {self.precision}, whose answers only a server can tell: see --endpoint"
+            self._answers = False
         self._ends = _as_tuple(end_tokens(reader))
 
     @cached_property

@@ -12,8 +12,18 @@ from ftkit.artifacts.export_gguf import check_gguf, export_gguf
 from ftkit.commands.export import export
 from ftkit.errors import CheckFailedError, UserError
 from ftkit.runs import find_target
+from ftkit.verification.files import GgufFile
 from tests.tiny_gguf import save_convertible
 from tests.tiny_models import CHATML
+
+LLAMA_3_ROPE: dict[str, object] = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,7 @@ def test_a_model_becomes_one_file_that_is_read_back(dtype, kind, model, tmp_path
 def test_an_unknown_precision_is_told_what_there_is(model):
     with pytest.raises(UserError, match="unknown --dtype q4_k; choose one of float32, bfloat16, float16, q8_0"):
         export(str(model), format="gguf", dtype="q4_k")
-    with pytest.raises(UserError, match=r"unknown --dtype q8_0; choose one of float32, bfloat16, float16$"):
+    with pytest.raises(UserError, match=r"q8_0 is a precision of \.gguf files; give --format gguf"):
         export(str(model), format="hf", dtype="q8_0")
 
 
@@ -102,3 +112,28 @@ def test_the_file_says_what_a_chat_begins_with(begin, tmp_path):
     fields = GGUFReader(file).fields
     assert fields["tokenizer.ggml.add_bos_token"].contents() is bool(begin)
     assert fields["tokenizer.ggml.add_space_prefix"].contents() is False
+
+
+def test_what_cannot_be_read_back_is_told(model, tmp_path, monkeypatch, capsys):
+    original = exporting._weights
+
+    def refusing(directory, dtype, **options):
+        if "gguf_file" in options:
+            raise ValueError("GGUF model with architecture granite is not supported yet.")
+        return original(directory, dtype, **options)
+
+    monkeypatch.setattr(exporting, "_weights", refusing)
+    export_gguf(find_target(str(model)), tmp_path / "out")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "weights of the .gguf file were not compared, since transformers cannot read it back" in shown
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_file_whose_positions_are_scaled_answers_by_a_server_alone(model, tmp_path):
+    scaled = save_convertible(tmp_path / "scaled", rope=LLAMA_3_ROPE)
+    for directory, answers in ((model, True), (scaled, False)):
+        export_gguf(find_target(str(directory)), tmp_path / f"out-{answers}", dtype=torch.float32)
+        (file,) = (tmp_path / f"out-{answers}").iterdir()
+        side = GgufFile(file, device=torch.device("cpu"), compute=torch.float32)
+        assert (side.answers([], {}, 1) is None) != answers
+        assert ("only a server can tell" in side.kind) != answers

@@ -199,3 +199,15 @@ def test_columns_that_are_guessed_are_told(place, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "columns are taken by their names (completion: chosen): check them" in shown
     assert "rejected ones ignored: ftkit does supervised tuning" in shown
+
+
+def test_files_of_a_configuration_that_are_not_there_are_told(place, capsys):
+    (place / "axolotl.yaml").write_text(
+        "base_model: base\ndatasets:\n  - {path: rows.jsonl, type: alpaca}\n  - {path: gone.jsonl, type: alpaca}\n"
+        "num_epochs: two\n"
+    )
+    init("axolotl.yaml", output=place / "recipe.yaml")
+    shown = capsys.readouterr().out
+    assert "differs    data.train.1.path: there is no file gone.jsonl; put it there" in shown
+    assert "data.train.0.path" not in shown
+    assert "got the text 'two'\n" in shown

@@ -82,9 +82,10 @@ def test_the_resolved_form_cuts_micro_batches_as_the_run_did(tiny, monkeypatch):
     train(runs / "recipe-1" / "recipe.yaml", [])
     assert recorded_environment(runs / "recipe-2")["micro_batch"] == cut
     assert sha(weights(runs / "recipe-2", "lora")) == sha(weights(runs / "recipe-1", "lora"))
-    # The recipe that leaves it open goes on in that run all the same.
+    # The recipe that leaves it open goes on in such a run all the same.
     train(recipe, ["training.max_tokens_per_device=auto", "training.max_steps=4"], resume=True)
-    assert len(read_metrics(runs / "recipe-1")) > len(read_metrics(runs / "recipe-2"))
+    assert {path.name for path in runs.iterdir()} == {"recipe-1", "recipe-2"}
+    assert len(read_metrics(runs / "recipe-2")) > len(read_metrics(runs / "recipe-1"))
 
 
 def test_rows_in_columns_that_only_phrasings_know_go_on_and_repeat(tiny):

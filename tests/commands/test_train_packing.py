@@ -28,7 +28,6 @@ def test_models_that_leak_train_on_padded_batches(tmp_path, monkeypatch, archite
         ("lfm2", "auto", "; packing: auto"),
         # Its mask is not told where documents begin; ftkit's attention is.
         ("opt", "sdpa", "; attn_implementation: auto, or packing: auto"),
-        ("llama", "flash_attention_2", "; attn_implementation: auto, or packing: auto"),
     ],
 )
 def test_packing_that_is_required_and_cannot_be_had_is_one_line(

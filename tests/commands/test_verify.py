@@ -159,7 +159,8 @@ def test_a_prompt_beside_an_adapter_is_refused(run, directory) -> None:
 def test_llama_cpp_serves_what_was_trained(run, llama_cpp, capsys) -> None:
     verify(str(run), endpoint=f"{llama_cpp}/v1")
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{llama_cpp}: llama.cpp with recipe-1-bf16.gguf (BF16)\n")
+    beginning = f"comparing  {run} with {llama_cpp}\n{llama_cpp}: llama.cpp with recipe-1-bf16.gguf (BF16)\n"
+    assert printed.startswith(beginning)
     assert printed.count("equal   equal, ") == 10
     assert "end        <|im_end|> ends an answer" in printed
 
@@ -203,7 +204,7 @@ def test_a_server_like_vllm(run, merged, capsys) -> None:
     with serving(fake := fake_vllm(merged)) as url:
         verify(str(run), endpoint=url)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{url}: vllm server with tiny\n")
+    assert f"\n{url}: vllm server with tiny\n" in printed
     assert printed.count("equal   equal, ") == 10
     asked = [body for path, body, _ in fake.requests if path == "/v1/chat/completions"]
     assert len(asked) == 11

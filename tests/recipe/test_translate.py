@@ -241,6 +241,13 @@ def test_trls_defaults_are_trls() -> None:
     assert ours == {key: theirs[names.get(key, key.partition(".")[2])] for key in ours}
 
 
+def test_one_checkpoint_an_epoch_is_told(tmp_path: Path) -> None:
+    text = "base_model: org/model\ndatasets: [{path: a.jsonl, type: alpaca}]\nnum_epochs: 1\nsaves_per_epoch: 1\n"
+    assert "saves_per_epoch" in left_out(translated(tmp_path, text))
+    with pytest.raises(UserError, match="datasets: expected a list"):
+        translated(tmp_path, "base_model: org/model\ndatasets: a.json\n")
+
+
 def test_what_is_not_said_of_a_batch_is_the_tools(tmp_path: Path) -> None:
     accumulated = SFT.replace("per_device_train_batch_size: 2\n", "")
     assert translated(tmp_path, accumulated).recipe["training"]["global_batch_size"] == 64
