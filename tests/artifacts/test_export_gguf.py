@@ -135,5 +135,5 @@ def test_a_file_whose_positions_are_scaled_answers_by_a_server_alone(model, tmp_
         export_gguf(find_target(str(directory)), tmp_path / f"out-{answers}", dtype=torch.float32)
         (file,) = (tmp_path / f"out-{answers}").iterdir()
         side = GgufFile(file, device=torch.device("cpu"), compute=torch.float32)
-        assert (side.answers([], {}, 1) is None) != answers
+        assert answers or side.answers([], {}, 1) is None
         assert ("only a server can tell" in side.kind) != answers
