@@ -82,7 +82,9 @@ def verify_or_fail(target, *, json: bool = False, **options) -> str:
 def test_what_was_merged_and_exported_is_what_was_trained(run, exported, capsys) -> None:
     verify(str(run))
     printed = capsys.readouterr().out
-    tables = printed.split("\n\n")
+    first, rest = printed.split("\n", 1)
+    assert first == f"comparing  {run} with {run / 'adapter'}, {run / 'merged'}, {exported}"
+    tables = rest.split("\n\n")
     assert [table.split("\n")[0].split(": ") for table in tables[:3]] == [
         [str(run / "adapter"), "tokenizer and template"],
         [str(run / "merged"), "model directory"],
